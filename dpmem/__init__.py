@@ -1,0 +1,27 @@
+"""dpmem: a memory toolkit for PyTorch data-parallel training.
+
+`wrap` a model, `find_batch_size` of a `Job`, `report` where its bytes go.
+"""
+
+from dpmem.activations.policy import Policy
+from dpmem.config import WrapConfig
+from dpmem.jobs import find_batch_size, report
+from dpmem.wrapper import DataParallel, compress, wrap
+from dpmem_profiling import BatchSizeResult, Job, MemoryRecord, Probe, StepContext
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchSizeResult",
+    "DataParallel",
+    "Job",
+    "MemoryRecord",
+    "Policy",
+    "Probe",
+    "StepContext",
+    "WrapConfig",
+    "compress",
+    "find_batch_size",
+    "report",
+    "wrap",
+]

@@ -1,0 +1,308 @@
+"""The `dpmem` command. Exit 0: done; 1: a finding, such as "does not fit"; 2: bad input."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dpmem import __version__
+from dpmem.jobs import explain_too_small, find_batch_size, measure_job
+from dpmem.targets import TargetError, describe, load_job
+from dpmem.units import parse_bytes
+from dpmem_profiling import (
+    BatchSizeResult,
+    MemoryLimitExceeded,
+    MemoryRecord,
+    NvmlUnavailable,
+    Probe,
+    device_memory,
+    format_bytes,
+    terminal_table,
+    write_report,
+)
+
+Result = TypeVar("Result")
+
+FINDING = 1
+BAD_INPUT = 2
+
+
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
+    """A byte size such as 8GiB."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except ValueError as error:
+            self.fail(str(error), param, context)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dpmem")
+def cli() -> None:
+    """Train the biggest batch that fits, and know beforehand what fits."""
+
+
+@cli.command()
+@click.option(
+    "--budget", type=_Bytes(), default="256MiB", show_default=True, help="For the search."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("reports/demo"),
+    show_default=True,
+)
+@as_json
+def demo(budget: int, out: Path, as_json: bool) -> int:
+    """Wrap a small GPT on two ranks, find its largest batch, write a report."""
+    # Imported here: torch.multiprocessing and the model are the demo's alone.
+    from dpmem.demo import DemoResult, run_demo
+
+    def run(progress: Callable[[str, float], None]) -> DemoResult:
+        return run_demo(out, budget, progress)
+
+    result = _with_progress("dpmem demo", run)
+    if as_json:
+        click.echo(json.dumps(_demo_json(result), indent=2))
+        return 0 if result.too_small is None else FINDING
+    console = Console()
+    console.print(terminal_table([result.ddp.record, result.dpmem.record]))
+    ratio = result.dpmem.record.peak_allocated_bytes / result.ddp.record.peak_allocated_bytes
+    rows = [
+        ("precision", f"{result.precision}: {result.precision_reason}"),
+        ("loss, DDP", f"{result.ddp.losses[0]:.4f} -> {result.ddp.losses[-1]:.4f}"),
+        ("loss, dpmem", f"{result.dpmem.losses[0]:.4f} -> {result.dpmem.losses[-1]:.4f}"),
+        ("step, DDP", f"{result.ddp.step_s:.3f} s"),
+        ("step, dpmem", f"{result.dpmem.step_s:.3f} s"),
+        ("peak, dpmem / DDP", f"{ratio:.2f}"),
+        (f"largest safe batch in {format_bytes(budget)}, plain", _answer(result.plain_batch)),
+        ("the same, dpmem", _answer(result.dpmem_batch)),
+        ("report", str(result.files.html)),
+        ("took", f"{result.seconds:.0f} s"),
+    ]
+    console.print(_two_columns(rows))
+    return 0 if result.too_small is None else _finding(result.too_small)
+
+
+@cli.command("find-batch-size")
+@click.argument("target")
+@click.option("--budget", type=_Bytes(), help="Bytes a step may hold. Needed without a GPU.")
+@as_json
+def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> int:
+    """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
+    job = load_job(target)
+
+    def run(progress: Callable[[str, float], None]) -> BatchSizeResult:
+        def on_probe(probe: Probe) -> None:
+            progress(f"batch {probe.batch}: {_probe_words(probe)}", 0.5)
+
+        return _run_job(
+            target, lambda: find_batch_size(job, budget_bytes=budget, on_probe=on_probe)
+        )
+
+    result = _with_progress("finding the batch size", run)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        Console().print(_batch_table(result))
+    if result.largest_safe is None:
+        return _finding(_run_job(target, lambda: explain_too_small(job, result)))
+    return 0
+
+
+@cli.command("report")
+@click.argument("target")
+@click.option("--batch", type=click.IntRange(min=1), required=True, help="Samples in the step.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("reports/run"),
+    show_default=True,
+)
+@as_json
+def report_command(target: str, batch: int, out: Path, as_json: bool) -> int:
+    """Measure one step of TARGET and write where its bytes go: HTML, PNG, JSON."""
+    job = load_job(target)
+    record: MemoryRecord = _run_job(target, lambda: measure_job(job, batch))
+    files = write_report([record], out, title=job.name or target)
+    if as_json:
+        click.echo(json.dumps(record.to_json(), indent=2))
+    else:
+        console = Console()
+        console.print(terminal_table([record]))
+        console.print(f"report: {files.html}", soft_wrap=True)
+    return 0
+
+
+@cli.command()
+@as_json
+def top(as_json: bool) -> int:
+    """GPU memory, live, from NVML. Ctrl-C ends it."""
+    try:
+        devices = device_memory()
+    except NvmlUnavailable as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps([asdict(device) for device in devices], indent=2))
+        return 0
+    with Live(_top_table(), refresh_per_second=2) as live:
+        try:
+            while True:
+                time.sleep(0.5)
+                live.update(_top_table())
+        except KeyboardInterrupt:
+            return 0
+
+
+@cli.command()
+@as_json
+def doctor(as_json: bool) -> int:
+    """What is here, what works, what is missing."""
+    from dpmem.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        Console().print(_two_columns([(f"{f.what}: {f.verdict}", f.detail) for f in findings]))
+    return FINDING if any(finding.verdict == "broken" for finding in findings) else 0
+
+
+def main() -> None:
+    """Entry point: every error is one line on stderr that says what to do."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        code = _fail(str(error))
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"dpmem: {' '.join(message.split())}", err=True)
+    return BAD_INPUT
+
+
+def _finding(message: str) -> int:
+    click.echo(f"dpmem: {message}", err=True)
+    return FINDING
+
+
+def _run_job(target: str, run: Callable[[], Any]) -> Any:
+    """Run a user's job; what its code raises becomes one line that says where."""
+    try:
+        return run()
+    except (ValueError, OSError, MemoryLimitExceeded):
+        raise
+    except Exception as error:
+        raise TargetError(f"TARGET {target!r}: its job {describe(error)}") from error
+
+
+def _with_progress(title: str, run: Callable[[Callable[[str, float], None]], Result]) -> Result:
+    """Run with progress on stderr: a bar in a terminal, a line a message elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return run(lambda message, _: console.print(message, soft_wrap=True))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+        return run(lambda message, done: progress.update(task, description=message, completed=done))
+
+
+def _answer(result: BatchSizeResult) -> str:
+    largest = "none" if result.largest_safe is None else str(result.largest_safe)
+    return f"{largest}, {len(result.probes)} probes; limited by {result.limited_by}"
+
+
+def _batch_table(result: BatchSizeResult) -> Table:
+    table = _two_columns(
+        [
+            ("largest safe batch", str(result.largest_safe)),
+            ("largest that fits", str(result.largest_fitting)),
+            ("fastest of those tried", str(result.fastest)),
+            ("peak there", _bytes_or_unknown(result.peak_bytes)),
+            ("limit", format_bytes(result.limit_bytes)),
+            ("kept free", format_bytes(result.margin_bytes)),
+            ("limited by", result.limited_by),
+        ]
+    )
+    for probe in result.probes:
+        table.add_row(f"probe, batch {probe.batch}", _probe_words(probe))
+    return table
+
+
+def _probe_words(probe: Probe) -> str:
+    return f"{probe.outcome}, {_bytes_or_unknown(probe.allocated_bytes)}"
+
+
+def _bytes_or_unknown(size_bytes: int | None) -> str:
+    return "unknown" if size_bytes is None else format_bytes(size_bytes)
+
+
+def _two_columns(rows: list[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _top_table() -> Table:
+    table = Table("GPU", "name", "used", "free", "total")
+    for device in device_memory():
+        table.add_row(
+            str(device.index),
+            device.name,
+            format_bytes(device.used_bytes),
+            format_bytes(device.free_bytes),
+            format_bytes(device.total_bytes),
+        )
+    return table
+
+
+def _demo_json(result: Any) -> dict[str, Any]:
+    return {
+        "precision": result.precision,
+        "device": result.device,
+        "runs": {
+            name: {
+                "losses": run.losses,
+                "step_s": run.step_s,
+                "record": run.record.to_json(),
+            }
+            for name, run in (("ddp", result.ddp), ("dpmem", result.dpmem))
+        },
+        "batch_size": {
+            "plain": result.plain_batch.to_json(),
+            "dpmem": result.dpmem_batch.to_json(),
+        },
+        "report": str(result.files.html),
+        "seconds": result.seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""`dpmem doctor`: what is here, what works, what is missing."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dpmem_kernels import Noise, dequantize, quantize
+from dpmem_kernels.backend import HAS_NUMBA, HAS_TRITON, resolve_backend
+from dpmem_profiling import NvmlUnavailable, device_memory, format_bytes
+
+Verdict = Literal["ok", "absent", "broken"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. "absent" takes a feature away, "broken" is a fault to mend."""
+
+    what: str
+    verdict: Verdict
+    detail: str
+
+
+def examine() -> tuple[Finding, ...]:
+    """Look at everything dpmem stands on."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python,
+        _torch,
+        _triton,
+        _numba,
+        _cuda,
+        _nvml,
+        _kernels,
+    )
+    return tuple(check() for check in checks)
+
+
+def _python() -> Finding:
+    return Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
+
+
+def _torch() -> Finding:
+    return Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _triton() -> Finding:
+    if not HAS_TRITON:
+        return Finding("triton", "absent", "GPU tensors use the plain-torch reference")
+    return Finding("triton", "ok", importlib.metadata.version("triton"))
+
+
+def _numba() -> Finding:
+    if not HAS_NUMBA:
+        return Finding("numba", "absent", "CPU tensors use the plain-torch reference, slowly")
+    return Finding("numba", "ok", importlib.metadata.version("numba"))
+
+
+def _cuda() -> Finding:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        why = "torch sees no GPU" if built else "this torch build has no GPU support"
+        return Finding("GPU", "absent", f"{why}; everything runs on the CPU")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Finding("GPU", "ok", ", ".join(names))
+
+
+def _nvml() -> Finding:
+    try:
+        devices = device_memory()
+    except NvmlUnavailable as error:
+        return Finding("NVML", "absent", str(error))
+    text = ", ".join(
+        f"{d.name}: {format_bytes(d.used_bytes)} of {format_bytes(d.total_bytes)} used"
+        for d in devices
+    )
+    return Finding("NVML", "ok", text)
+
+
+def _kernels() -> Finding:
+    """Quantize and restore on each device, and compare with the reference bit for bit."""
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda", 0))
+    noise = Noise(seed=1, stream=2, step=3, rank=4)
+    results = []
+    verdict: Verdict = "ok"
+    for device in devices:
+        values = torch.linspace(-1, 1, 1000, device=device)
+        stored = quantize(values, 4, noise=noise)
+        expected = quantize(values, 4, noise=noise, backend="reference")
+        restored = dequantize(stored, values.numel(), values.dtype, 4)
+        same = all(torch.equal(a, b) for a, b in zip(stored, expected, strict=True))
+        same = same and bool(torch.isfinite(restored).all())
+        verdict = verdict if same else "broken"
+        backend = resolve_backend(device)
+        results.append(f"{device}: {backend} {'agrees with' if same else 'DIFFERS from'} reference")
+    return Finding("kernels", verdict, "; ".join(results))

@@ -1,0 +1,67 @@
+"""Dense tensors as flat ones, in memory order.
+
+A gradient is packed by walking its memory, not its indices: a channels_last convolution weight
+needs no copy. Gradient, parameter and bucket slot must then agree on the strides, and the
+parameter's are the ones that hold.
+"""
+
+import torch
+from torch import Tensor
+
+
+def dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    """Strides for a gradient of `parameter`: its own where it is dense, else contiguous ones."""
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return parameter.stride()
+
+
+def flatten_dense(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`gradient` as a 1-D tensor in the memory order of `strides`: a view where it has them."""
+    matches = all(
+        have == want
+        for have, want, size in zip(gradient.stride(), strides, gradient.shape, strict=True)
+        if size > 1
+    )
+    if not matches and gradient.numel() > 0:
+        gradient = torch.empty_strided(
+            gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
+        ).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))
+
+
+def dense_gradient(parameter: Tensor) -> Tensor:
+    """`parameter.grad`, detached.
+
+    Raises TypeError where it is sparse.
+    """
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise TypeError(
+            f"gradients must be dense; that of a parameter of shape {tuple(parameter.shape)} is "
+            f"{gradient.layout}; use sparse=False in its embedding"
+        )
+    return gradient.detach()
+
+
+def writable_gradient(parameter: Tensor) -> Tensor:
+    """`parameter.grad` as a 1-D view, so that writing to it writes to the gradient.
+
+    A gradient whose memory has holes or overlaps (only a user can have put it there) is replaced
+    by a contiguous copy first.
+    """
+    gradient = dense_gradient(parameter)
+    strides = dense_strides(gradient)
+    if strides != gradient.stride():
+        gradient = gradient.contiguous()
+        parameter.grad = gradient
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+        strides = dense_strides(gradient)
+    return flatten_dense(gradient, strides)

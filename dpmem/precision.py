@@ -1,0 +1,94 @@
+"""Autocast around forward, and the global-norm clip that rides with the optimizer's step."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dpmem.config import Precision
+from dpmem.reducer import LocalGradients, Reducer
+from dpmem_kernels import grad_scale_
+
+# torch.nn.utils.clip_grad_norm_ adds the same, so that both clip to the same coefficient.
+_NORM_EPSILON = 1e-6
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The context forward runs in."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def upcast_outputs(outputs: Any) -> Any:
+    """`outputs` with bf16 tensors as fp32, so that losses are computed in full precision.
+
+    Sees what torch's pytree sees: tuples, lists, dicts, named tuples and registered classes such
+    as transformers' ModelOutput. Other containers pass through unchanged.
+    """
+
+    def upcast(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+    return tree_map_only(Tensor, upcast, outputs)
+
+
+class GradientClip:
+    """Clips the global 2-norm of all gradients just before `optimizer` steps.
+
+    Same coefficient as torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), computed
+    and applied on the device; where it is 1, no gradient is touched. Like that function it turns
+    gradients of a non-finite norm into non-finite ones, it does not hide them.
+
+    Ranks need not talk: after the all-reduce they hold the same bits, and the sums are taken in an
+    order that does not depend on threads.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradients: LocalGradients | Reducer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+    ) -> None:
+        self._gradients = gradients
+        self._max_norm = max_norm
+        self.norm: Tensor | None = None
+        wrapped = set(map(id, parameters))
+        strangers = sum(
+            id(parameter) not in wrapped
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+        if strangers:
+            raise ValueError(
+                "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
+                f"hold only its parameters; {strangers} belong to no part of the model; give them "
+                "an optimizer of their own"
+            )
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
+    ) -> None:
+        closure: Callable[[], float] | None = kwargs.get("closure") or (
+            args[1] if len(args) > 1 else None
+        )
+        if closure is not None:
+            raise RuntimeError(
+                "max_grad_norm clips before the step, and a closure would compute the gradients "
+                "inside it, unclipped; call backward() yourself and step() without a closure"
+            )
+        with torch.no_grad():
+            stats = self._gradients.stats()
+            if not stats:
+                self.norm = None
+                return
+            squares = torch.stack([part.sum_of_squares.double() for part in stats])
+            norm = squares.sum().sqrt().float()
+            coefficient = (self._max_norm / (norm + _NORM_EPSILON)).clamp(max=1.0)
+            grad_scale_(self._gradients.gradients(), coefficient)
+            self.norm = norm

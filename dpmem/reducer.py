@@ -1,0 +1,285 @@
+"""Gradients in flight: hook -> pack -> collective -> epilogue.
+
+autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket; when the
+bucket is full, and every bucket before it has been launched, one kernel packs it (times
+1/world_size), the gradients are re-exposed as views of the bucket and an asynchronous all-reduce
+starts. At the end of backward the collectives are awaited and, where somebody clips, each bucket
+is read once for its sum of squares and its finite flag.
+
+Buckets are launched in one fixed order on every rank, so collectives always match. A bucket's
+memory belongs to the gradients that are views of it: once they are set to None it is released at
+the next forward, so activations never share the peak with gradients nobody reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpmem.buckets import Bucket, BucketPlan
+from dpmem.layout import dense_gradient, dense_strides, flatten_dense, writable_gradient
+from dpmem_kernels import GradStats, bucket_pack, grad_stats
+
+# DistributedDataParallel's figures: small first bucket, so that the first collective starts early.
+FIRST_BUCKET_BYTES = 1 << 20
+
+
+@dataclass
+class _BucketState:
+    """What one backward knows about one bucket."""
+
+    plan: Bucket
+    waiting: int = 0
+    flat: Tensor | None = None
+    work: dist.Work | None = None
+    stats: GradStats | None = None
+    # The flat buffer's version when its stats were taken: views share the counter, so any
+    # later write to a gradient shows.
+    stats_version: int = -1
+    members: list[int] = field(default_factory=list)
+
+
+class LocalGradients:
+    """World size 1: nothing travels, so gradients stay where autograd left them."""
+
+    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self._parameters = [parameter for _, parameter in parameters]
+
+    def prepare(self, *, synchronize: bool) -> None:
+        """Nothing to prepare."""
+
+    def release(self) -> None:
+        """Nothing to release."""
+
+    def bucket_tensors(self) -> list[Tensor]:
+        """No buckets."""
+        return []
+
+    def gradients(self) -> list[Tensor]:
+        """Every gradient once, flat, sharing memory with `parameter.grad`."""
+        return [
+            writable_gradient(parameter)
+            for parameter in self._parameters
+            if parameter.grad is not None
+        ]
+
+    def stats(self) -> list[GradStats]:
+        """Sum of squares and finite flag of all gradients, read now."""
+        gradients = self.gradients()
+        return [grad_stats(gradients)] if gradients else []
+
+
+class Reducer:
+    """Averages the gradients of `parameters` over `process_group` during backward.
+
+    Raises TypeError for complex parameters, which this version does not reduce.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        process_group: dist.ProcessGroup,
+        *,
+        bucket_capacity_bytes: int,
+        find_unused_parameters: bool,
+    ) -> None:
+        for name, parameter in parameters:
+            if parameter.is_complex():
+                raise TypeError(
+                    f"gradients must be real; parameter {name!r} is {parameter.dtype}; "
+                    "store it as a real tensor and use torch.view_as_complex in forward"
+                )
+        self._names = [name for name, _ in parameters]
+        self._parameters = [parameter for _, parameter in parameters]
+        self._strides = [dense_strides(parameter) for parameter in self._parameters]
+        self._group = process_group
+        self._world_size = dist.get_world_size(process_group)
+        self._find_unused = find_unused_parameters
+        # Set where somebody clips: each bucket is then read once more, right after it arrived.
+        self.collect_stats = False
+        self.plan = BucketPlan.build(
+            [(parameter.numel(), parameter.dtype) for parameter in self._parameters],
+            capacity_bytes=bucket_capacity_bytes,
+            first_capacity_bytes=min(FIRST_BUCKET_BYTES, bucket_capacity_bytes),
+        )
+        self._buckets = [
+            _BucketState(bucket, members=[slot.parameter for slot in bucket.slots])
+            for bucket in self.plan.buckets
+        ]
+        self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.members}
+        self._armed = False
+        self._reset()
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._make_hook(index))
+            for index, parameter in enumerate(self._parameters)
+        ]
+
+    def prepare(self, *, synchronize: bool) -> None:
+        """Before a forward that will be differentiated: shall its backward average gradients?
+
+        Also forgets what a backward that raised left behind.
+        """
+        self._armed = synchronize
+        self._reset()
+
+    def release(self) -> None:
+        """Let go of buckets whose gradients have all been set to None."""
+        for bucket in self._buckets:
+            if all(self._parameters[i].grad is None for i in bucket.members):
+                bucket.flat = None
+                bucket.stats = None
+
+    def bucket_tensors(self) -> list[Tensor]:
+        """The flat buffers that exist now."""
+        return [bucket.flat for bucket in self._buckets if bucket.flat is not None]
+
+    def gradients(self) -> list[Tensor]:
+        """Every gradient once, flat: a whole bucket where all its gradients are still its views."""
+        tensors: list[Tensor] = []
+        for bucket in self._buckets:
+            if self._is_exposed(bucket):
+                assert bucket.flat is not None
+                tensors.append(bucket.flat)
+            else:
+                tensors.extend(self._loose_gradients(bucket))
+        return tensors
+
+    def stats(self) -> list[GradStats]:
+        """Sums of squares and finite flags that together cover `gradients()`.
+
+        The epilogue's, read while the bucket was warm, as long as nobody wrote to a gradient
+        since; read again otherwise.
+        """
+        result: list[GradStats] = []
+        for bucket in self._buckets:
+            flat = bucket.flat
+            if flat is not None and self._is_exposed(bucket):
+                if bucket.stats is None or flat._version != bucket.stats_version:
+                    self._take_stats(bucket)
+                assert bucket.stats is not None
+                result.append(bucket.stats)
+            elif gradients := self._loose_gradients(bucket):
+                result.append(grad_stats(gradients))
+        return result
+
+    def _reset(self) -> None:
+        self._finish_queued = False
+        self._next = 0
+        self._arrived = [False] * len(self._parameters)
+        for bucket in self._buckets:
+            bucket.waiting = len(bucket.members)
+            bucket.work = None
+
+    def _make_hook(self, index: int):  # type: ignore[no-untyped-def]
+        def on_gradient(_: Tensor) -> None:
+            self._on_gradient(index)
+
+        return on_gradient
+
+    def _on_gradient(self, index: int) -> None:
+        if not self._armed:
+            return
+        if self._arrived[index]:
+            raise RuntimeError(
+                "each parameter's gradient must be accumulated once in a backward; that of "
+                f"{self._names[index]!r} arrived twice, as it does when a module runs in two "
+                "reentrant checkpoints; use checkpoint(..., use_reentrant=False)"
+            )
+        if not self._finish_queued:
+            self._finish_queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        self._arrived[index] = True
+        self._bucket_of[index].waiting -= 1
+        while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
+            self._launch(self._buckets[self._next])
+            self._next += 1
+
+    def _launch(self, bucket: _BucketState) -> None:
+        """Pack one bucket and start its all-reduce; absent gradients count as zeros."""
+        present = [i for i in bucket.members if self._parameters[i].grad is not None]
+        first = self._parameters[bucket.members[0]]
+        if bucket.flat is None:
+            # Zeros, not empty: the padding travels too, and stats read the whole buffer.
+            bucket.flat = torch.zeros(bucket.plan.numel, dtype=first.dtype, device=first.device)
+        elif len(present) < len(bucket.members):
+            absent = [s for s in bucket.plan.slots if self._parameters[s.parameter].grad is None]
+            for slot in absent:
+                bucket.flat[slot.offset : slot.offset + slot.numel].zero_()
+        offset_of = {slot.parameter: slot.offset for slot in bucket.plan.slots}
+        bucket_pack(
+            [flatten_dense(dense_gradient(self._parameters[i]), self._strides[i]) for i in present],
+            bucket.flat,
+            [offset_of[i] for i in present],
+            scale=1.0 / self._world_size,
+        )
+        for i in present:
+            self._parameters[i].grad = self._view(bucket, i)
+        bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+
+    def _finish(self) -> None:
+        """End of backward: launch what is left, await everything, take the stats.
+
+        Stays armed: a second backward through the same forward is averaged too.
+        """
+        missing = [
+            i
+            for i, arrived in enumerate(self._arrived)
+            if not arrived and self._parameters[i].grad is None
+        ]
+        if missing and not self._find_unused:
+            self._reset()
+            names = ", ".join(repr(self._names[i]) for i in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise RuntimeError(
+                "every parameter that requires a gradient must receive one in each synchronized "
+                f"backward; {len(missing)} received none: {names}{more}; freeze them before "
+                "wrapping, use them in the loss, or pass find_unused_parameters=True"
+            )
+        while self._next < len(self._buckets):
+            self._launch(self._buckets[self._next])
+            self._next += 1
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
+            if self.collect_stats:
+                self._take_stats(bucket)
+        if self._find_unused:
+            self._expose_remote(missing)
+        self._reset()
+
+    def _expose_remote(self, missing: list[int]) -> None:
+        """Give parameters unused here, but used on another rank, the gradient of that rank."""
+        if not self._parameters:
+            return
+        used = torch.ones(
+            len(self._parameters), dtype=torch.int32, device=self._parameters[0].device
+        )
+        used[missing] = 0
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._group)
+        for index, is_used in enumerate(used.tolist()):
+            if is_used and self._parameters[index].grad is None:
+                self._parameters[index].grad = self._view(self._bucket_of[index], index)
+
+    def _take_stats(self, bucket: _BucketState) -> None:
+        assert bucket.flat is not None
+        bucket.stats = grad_stats([bucket.flat])
+        bucket.stats_version = bucket.flat._version
+
+    def _view(self, bucket: _BucketState, index: int) -> Tensor:
+        assert bucket.flat is not None
+        slot = bucket.plan.slots[bucket.members.index(index)]
+        parameter = self._parameters[index]
+        return bucket.flat.as_strided(parameter.shape, self._strides[index], slot.offset)
+
+    def _is_exposed(self, bucket: _BucketState) -> bool:
+        """True where every member's gradient is still the bucket's own view of it."""
+        return bucket.flat is not None and all(
+            (gradient := self._parameters[i].grad) is not None and gradient._base is bucket.flat
+            for i in bucket.members
+        )
+
+    def _loose_gradients(self, bucket: _BucketState) -> list[Tensor]:
+        members = [self._parameters[i] for i in bucket.members]
+        return [writable_gradient(p) for p in members if p.grad is not None]

@@ -1,0 +1,290 @@
+"""`wrap`, and DataParallel: the module that users hold."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpmem.activations.policy import Policy
+from dpmem.activations.store import ActivationStore
+from dpmem.config import Activations, Offload, Precision, Shard, WrapConfig
+from dpmem.precision import GradientClip, autocast, upcast_outputs
+from dpmem.reducer import LocalGradients, Reducer
+from dpmem_profiling import Category
+
+# DistributedDataParallel's default bucket.
+_BUCKET_CAPACITY_MIB = 25.0
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    precision: Precision = "fp32",
+    activations: Activations | Policy | None = None,
+    max_grad_norm: float | None = None,
+    shard: Shard = "none",
+    offload: Offload = "none",
+    process_group: dist.ProcessGroup | None = None,
+) -> "tuple[DataParallel, torch.optim.Optimizer | None]":
+    """Make `model` data parallel and small; the training loop does not change.
+
+    model          on its device already; its parameters are broadcast from rank 0
+    optimizer      the one that updates it; needed where max_grad_norm is given
+    precision      "fp32", or "bf16": forward under autocast, outputs returned as fp32
+    activations    "lossless", "8bit", "4bit", "2bit", or a `Policy`: how activations are stored
+                   between forward and backward; None leaves them to autograd
+    max_grad_norm  clip the global 2-norm of the gradients to this before each step
+    shard, offload "none" in this version
+    process_group  ranks to average over; default: all. Under torchrun the default group is
+                   initialised here if it is not yet (nccl for a model on CUDA, gloo otherwise);
+                   without torchrun and without a group, world size is 1.
+
+    Returns the wrapped model and the same optimizer, hooked.
+
+    Raises ValueError for unknown or contradictory options, NotImplementedError for values this
+    version does not have, RuntimeError where ranks hold different models.
+
+    Example:
+        model, optimizer = dpmem.wrap(model, optimizer, activations="4bit", max_grad_norm=1.0)
+        for batch in loader:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    """
+    config = WrapConfig(precision, activations, max_grad_norm, shard, offload)
+    if config.max_grad_norm is not None and optimizer is None:
+        raise ValueError(
+            "max_grad_norm is applied at the optimizer's step, so wrap needs the optimizer; "
+            "received none; call wrap(model, optimizer, max_grad_norm=...)"
+        )
+    if process_group is None:
+        _initialise_from_torchrun(model)
+    wrapped = DataParallel(model, process_group=process_group)
+    wrapped.configure(config, optimizer)
+    return wrapped, optimizer
+
+
+@contextmanager
+def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -> Iterator[None]:
+    """Store compressed what autograd saves of `model` inside this context.
+
+    For training loops that do not use `wrap`. Backward may run outside the context.
+
+    policy   a preset's name or a `Policy`
+    seed     keys the rounding noise; give another one each step for independent noise
+
+    Raises ValueError for an unknown preset, RuntimeError inside other saved-tensor hooks.
+
+    Example:
+        with dpmem.compress(model, "4bit", seed=step):
+            loss = loss_fn(model(inputs), targets)
+        loss.backward()
+    """
+    resolved = WrapConfig(activations=policy).policy
+    if resolved is None:
+        raise ValueError("compress needs a policy; received None; use a preset such as '4bit'")
+    with ActivationStore(model, resolved, seed=seed):
+        yield
+
+
+class DataParallel(nn.Module):
+    """Data parallelism over a process group; stands where DistributedDataParallel stood.
+
+    module                       the model; its attributes stay reachable as `.module`
+    device_ids, output_device    at most one device, the module's own: accepted for compatibility
+    broadcast_buffers            rank 0's buffers reach all ranks at each synchronized forward
+    init_sync                    parameters and buffers are broadcast from rank 0 now
+    process_group                default: the default group; world size 1 where there is none
+    bucket_cap_mb                MiB of a bucket (25)
+    find_unused_parameters       parameters that took no part in a backward count as zeros;
+                                 without it they raise an error that names them
+
+    Gradients are averaged, exposed as views of the buckets (`gradient_as_bucket_view=True` is the
+    only behaviour), and their memory is released at the first forward after they are set to None.
+    Whoever holds on to a `.grad` sees it overwritten by the next backward. Writing to a gradient
+    through `.data` is not seen by clipping; write to `.grad` itself.
+
+    State dicts have the module's own keys, without `module.`; both forms load.
+
+    Raises ValueError for devices that are not the module's and for a module without gradients,
+    RuntimeError where ranks hold different models.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int | torch.device] | None = None,
+        output_device: int | torch.device | None = None,
+        broadcast_buffers: bool = True,
+        init_sync: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+    ) -> None:
+        super().__init__()
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError(
+                "DataParallel averages gradients, so the module must have a parameter that "
+                "requires one; received none; use the module as it is"
+            )
+        self.module = module
+        self._device = named[0][1].device
+        for device in (*(device_ids or ()), *(() if output_device is None else (output_device,))):
+            self._check_device(device)
+        if device_ids is not None and len(device_ids) > 1:
+            raise ValueError(
+                f"one process drives one device; received device_ids={list(device_ids)}; "
+                "start one process a device with torchrun"
+            )
+        self._group = process_group
+        if process_group is None and dist.is_available() and dist.is_initialized():
+            self._group = dist.group.WORLD
+        world_size = 1 if self._group is None else dist.get_world_size(self._group)
+        self._rank = 0 if self._group is None else dist.get_rank(self._group)
+        self._synchronize = True
+        self._named = named
+        self._config = WrapConfig()
+        self._store: ActivationStore | None = None
+        self._clip: GradientClip | None = None
+        self._gradients: LocalGradients | Reducer
+        self._broadcast = broadcast_buffers and world_size > 1
+        if world_size == 1 or self._group is None:
+            self._gradients = LocalGradients(named)
+        else:
+            self._check_ranks_agree(self._group)
+            if init_sync:
+                self._broadcast_from_first((*module.parameters(), *module.buffers()))
+            self._gradients = Reducer(
+                named,
+                self._group,
+                bucket_capacity_bytes=int((bucket_cap_mb or _BUCKET_CAPACITY_MIB) * 2**20),
+                find_unused_parameters=find_unused_parameters,
+            )
+        self.register_state_dict_post_hook(_drop_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The global gradient norm before clipping, of the last step: an fp32 scalar on the device.
+
+        None before the first step and without max_grad_norm.
+        """
+        return None if self._clip is None else self._clip.norm
+
+    def configure(self, config: WrapConfig, optimizer: torch.optim.Optimizer | None) -> None:
+        """Apply `wrap`'s options. Called once, by `wrap`."""
+        self._config = config
+        if config.policy is not None:
+            seed = torch.initial_seed()
+            self._store = ActivationStore(self.module, config.policy, seed=seed, rank=self._rank)
+        if config.max_grad_norm is not None:
+            assert optimizer is not None
+            parameters = [parameter for _, parameter in self._named]
+            self._clip = GradientClip(optimizer, self._gradients, parameters, config.max_grad_norm)
+            if isinstance(self._gradients, Reducer):
+                self._gradients.collect_stats = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, under the configured precision and activation storage."""
+        self._gradients.release()
+        saving: ActivationStore | None = None
+        if torch.is_grad_enabled():
+            self._gradients.prepare(synchronize=self._synchronize)
+            if self._broadcast and self._synchronize and self.training:
+                self._broadcast_from_first(tuple(self.module.buffers()))
+            saving = self._store
+        with autocast(self._config.precision, self._device), saving or nullcontext():
+            outputs = self.module(*args, **kwargs)
+        return upcast_outputs(outputs) if self._config.precision == "bf16" else outputs
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forwards inside accumulate gradients locally; the next one outside averages them all."""
+        before = self._synchronize
+        self._synchronize = False
+        try:
+            yield
+        finally:
+            self._synchronize = before
+
+    def owned_tensors(self) -> dict[Category, list[Tensor]]:
+        """The memory dpmem itself holds now, by category: buckets and compressed activations."""
+        compressed = [] if self._store is None else self._store.compressed_tensors()
+        return {"bucket": self._gradients.bucket_tensors(), "compressed": compressed}
+
+    def _check_device(self, device: int | torch.device) -> None:
+        wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if wanted != self._device:
+            raise ValueError(
+                f"device_ids and output_device must name the module's device {self._device}; "
+                f"received {wanted}; move the module there first, or leave them out"
+            )
+
+    def _check_ranks_agree(self, group: dist.ProcessGroup) -> None:
+        mine = [(name, tuple(p.shape), str(p.dtype), p.stride()) for name, p in self._named]
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        for rank, theirs in enumerate(everyone):
+            if theirs == everyone[0]:
+                continue
+            different = next(
+                (pair for pair in zip(everyone[0], theirs, strict=False) if pair[0] != pair[1]),
+                (f"{len(everyone[0])} parameters", f"{len(theirs)} parameters"),
+            )
+            raise RuntimeError(
+                "all ranks must wrap the same model; rank 0 and rank "
+                f"{rank} differ: {different[0]} against {different[1]}; build it from the same "
+                "configuration on every rank"
+            )
+
+    def _broadcast_from_first(self, tensors: Sequence[Tensor]) -> None:
+        assert self._group is not None
+        source = dist.get_global_rank(self._group, 0)
+        with torch.no_grad():
+            works = [
+                dist.broadcast(tensor.detach(), source, group=self._group, async_op=True)
+                for tensor in tensors
+            ]
+            for work in works:
+                work.wait()
+
+
+def _initialise_from_torchrun(model: nn.Module) -> None:
+    """Join the group that torchrun describes, where nobody has yet."""
+    if not dist.is_available() or dist.is_initialized():
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    devices = {parameter.device.type for parameter in model.parameters()}
+    dist.init_process_group("nccl" if "cuda" in devices else "gloo")
+
+
+def _drop_prefix(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
+) -> None:
+    """State-dict hook: `module.x` becomes `x`."""
+    wrapped = prefix + "module."
+    for key in [key for key in state if key.startswith(wrapped)]:
+        state[prefix + key.removeprefix(wrapped)] = state.pop(key)
+    # The versions of the modules' formats, by module path.
+    versions = getattr(state, "_metadata", {})
+    for key in [key for key in versions if key == wrapped[:-1] or key.startswith(wrapped)]:
+        versions[(prefix + key.removeprefix(wrapped[:-1]).lstrip(".")).rstrip(".")] = versions.pop(
+            key
+        )
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Load hook: the module's plain keys become `module.x`; keys that have it already stay."""
+    assert isinstance(module, DataParallel)
+    for key in module.module.state_dict():
+        plain, wrapped = prefix + key, f"{prefix}module.{key}"
+        if wrapped not in state and plain in state:
+            state[wrapped] = state.pop(plain)

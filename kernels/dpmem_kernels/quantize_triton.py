@@ -1,0 +1,389 @@
+"""quantize and dequantize on GPUs: the Triton kernels for the format in quantize.py."""
+
+# Arguments of Triton kernels have no Python type.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .backend import INTERPRETING
+from .philox_triton import philox
+from .quantize import NAN_META, ROUND_UP, SCALE_LIMIT, SMALLEST_SCALE, Quantized
+
+_NAN_META = tl.constexpr(NAN_META)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_SCALE_LIMIT = tl.constexpr(SCALE_LIMIT)
+_ROUND_UP = tl.constexpr(ROUND_UP)
+
+# Elements in a program: four 128-bit loads of 16-bit elements a thread with 4 warps.
+BLOCK = 4096
+
+
+@triton.jit
+def _assembly(INSTRUCTION: tl.constexpr, a, b):
+    """One machine instruction on two 32-bit words."""
+    return tl.inline_asm_elementwise(
+        INSTRUCTION, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _max_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _min_nan(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _max_nan_bf16x2(a, b):
+    return _assembly("max.NaN.bf16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
+def _min_nan_bf16x2(a, b):
+    return _assembly("min.NaN.bf16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
+def _split(w, Element: tl.constexpr):
+    """A word of two neighbours -> (first, second) in float32."""
+    if Element == tl.bfloat16:
+        first = (w << 16).to(tl.float32, bitcast=True)
+        second = (w & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif Element == tl.float16:
+        first = w.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = (w >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        first = w.to(tl.uint32).to(tl.float32, bitcast=True)
+        second = (w >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    return first, second
+
+
+@triton.jit
+def _join(a, b, Element: tl.constexpr, ASM: tl.constexpr):
+    """Two neighbours in float32 -> their word, rounded to nearest even."""
+    if Element == tl.float32:
+        low = a.to(tl.uint32, bitcast=True).to(tl.uint64)
+        return low | (b.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
+    elif ASM:
+        # cvt takes floats; their bits ride in the helper's 32-bit words
+        a = a.to(tl.uint32, bitcast=True)
+        b = b.to(tl.uint32, bitcast=True)
+        if Element == tl.bfloat16:
+            return _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;", a, b)
+        else:
+            return _assembly("cvt.rn.f16x2.f32 $0, $2, $1;", a, b)
+    else:
+        low = a.to(Element).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (b.to(Element).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+
+
+@triton.jit
+def _element_word(p, e, last):
+    """The word of elements e and e + 1 read one by one, both clamped to `last`."""
+    SIZE: tl.constexpr = p.dtype.element_ty.primitive_bitwidth
+    half: tl.constexpr = tl.uint32 if SIZE == 32 else tl.uint16
+    word: tl.constexpr = tl.uint64 if SIZE == 32 else tl.uint32
+    p = p.to(tl.pointer_type(half))
+    low = tl.load(p + tl.minimum(e, last)).to(word)
+    return low | (tl.load(p + tl.minimum(e + 1, last)).to(word) << SIZE)
+
+
+@triton.jit
+def _word_pointer(p):
+    if p.dtype.element_ty == tl.float32:
+        return p.to(tl.pointer_type(tl.uint64))
+    else:
+        return p.to(tl.pointer_type(tl.uint32))
+
+
+@triton.jit
+def _reciprocal(s, ASM: tl.constexpr):
+    """1 / s, correctly rounded. One Newton step is enough for the 8-bit significand of a bf16
+    scale: it was checked for all 128 of them and starts up to 3 units off."""
+    if ASM:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.fma(y, tl.fma(-s, y, 1.0), y)
+    else:
+        return tl.div_rn(1.0, s)
+
+
+@triton.jit
+def _code_pair(w, r, zero, inverse, Element: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Codes of a word's two elements in the halves of a word, each plus 0x4300 (0x8700 for
+    8 bits): the exponent of the rounded sum, left in place because removing it costs."""
+    a, b = _split(w, Element)
+    if BITS == 8:
+        u = (r & 0x7FFF) | 0x43800000
+        v = (r >> 17) | 0x43800000
+    elif ASM:
+        base = tl.full(r.shape, 0x43000000, tl.uint32)
+        u = _assembly("prmt.b32 $0, $1, $2, 0x7610;", r, base)
+        v = _assembly("prmt.b32 $0, $1, $2, 0x7632;", r, base)
+    else:
+        u = (r & 0xFFFF) | 0x43000000
+        v = (r >> 16) | 0x43000000
+    u = tl.fma(a - zero, inverse, u.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+    v = tl.fma(b - zero, inverse, v.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+    if BITS == 8:
+        u = u << 1
+        v = v << 1
+    if ASM:
+        return _assembly("prmt.b32 $0, $1, $2, 0x7632;", u, v)
+    else:
+        return (u >> 16) | (v & 0xFFFF0000)
+
+
+@triton.jit
+def _interleave_bytes(a, b, ASM: tl.constexpr):
+    """Bytes 0 of the halves of a and b: (a low, b low, a high, b high)."""
+    if ASM:
+        return _assembly("prmt.b32 $0, $1, $2, 0x6240;", a, b)
+    else:
+        return (a & 0x00FF00FF) | ((b & 0x00FF00FF) << 8)
+
+
+@triton.jit
+def _store_codes(
+    w0, w1, w2, w3, pin, inside, codes_ptr, meta_ptr, g0,
+    key_low, key_high, stream, step, rank,
+    Element: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Groups g0 .. g0 + ROWS, as the words of their quarters [ROWS, W], to codes and meta.
+
+    `inside` [ROWS, 1] says which exist; None says all."""
+    W: tl.constexpr = G // 8
+    LEVELS: tl.constexpr = (1 << BITS) - 1
+    row = tl.arange(0, ROWS)[:, None]
+    word = tl.arange(0, W)[None, :]
+
+    if ASM and Element == tl.bfloat16:
+        high = _max_nan_bf16x2(_max_nan_bf16x2(w0, w1), _max_nan_bf16x2(w2, w3))
+        low = _min_nan_bf16x2(_min_nan_bf16x2(w0, w1), _min_nan_bf16x2(w2, w3))
+        a, b = _split(tl.reduce(high, 1, _max_nan_bf16x2, keep_dims=True), Element)
+        c, d = _split(tl.reduce(low, 1, _min_nan_bf16x2, keep_dims=True), Element)
+        high = _max_nan(a, b)
+        low = _min_nan(c, d)
+    else:
+        a0, b0 = _split(w0, Element)
+        a1, b1 = _split(w1, Element)
+        a2, b2 = _split(w2, Element)
+        a3, b3 = _split(w3, Element)
+        high = _max_nan(_max_nan(a0, b0), _max_nan(a1, b1))
+        high = _max_nan(high, _max_nan(_max_nan(a2, b2), _max_nan(a3, b3)))
+        low = _min_nan(_min_nan(a0, b0), _min_nan(a1, b1))
+        low = _min_nan(low, _min_nan(_min_nan(a2, b2), _min_nan(a3, b3)))
+        high = tl.reduce(high, 1, _max_nan, keep_dims=True)
+        low = tl.reduce(low, 1, _min_nan, keep_dims=True)
+
+    z = tl.where(low == 0.0, 0.0, low).to(tl.int32, bitcast=True)
+    z = (z + ((z >> 31) & 0xFFFF)) & -65536
+    zero = z.to(tl.float32, bitcast=True)
+    raw_scale = (high - zero) * (1.0 / LEVELS)
+    raised = (raw_scale.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) + _ROUND_UP
+    representable = raised < _SCALE_LIMIT
+    s = tl.minimum(tl.maximum(raised & 0xFFFF0000, _SMALLEST_SCALE), _SCALE_LIMIT)
+    inverse = _reciprocal(s.to(tl.float32, bitcast=True), ASM)
+    meta = tl.where(representable, s | (z.to(tl.uint32, bitcast=True) >> 16), _NAN_META)
+    tl.store(meta_ptr + g0 + row, meta.to(tl.int32, bitcast=True), mask=inside)
+
+    counter = (g0.to(tl.uint32) * W + (row * W + word).to(tl.uint32)) | pin
+    blank = tl.zeros_like(counter)
+    r0, r1, r2, r3 = philox(
+        counter, blank + stream.to(tl.uint32), blank + step.to(tl.uint32),
+        blank + rank.to(tl.uint32), key_low.to(tl.uint32), key_high.to(tl.uint32), ASM,
+    )  # fmt: skip
+    f0 = _code_pair(w0, r0, zero, inverse, Element, BITS, ASM)
+    f1 = _code_pair(w1, r1, zero, inverse, Element, BITS, ASM)
+    f2 = _code_pair(w2, r2, zero, inverse, Element, BITS, ASM)
+    f3 = _code_pair(w3, r3, zero, inverse, Element, BITS, ASM)
+
+    if BITS == 8:
+        out = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * (G // 4)
+        out += row * (G // 4) + word
+        first = tl.where(representable, _interleave_bytes(f0, f1, ASM), 0)
+        second = tl.where(representable, _interleave_bytes(f2, f3, ASM), 0)
+        tl.store(out, first, mask=inside)
+        tl.store(out + W, second, mask=inside)
+    else:
+        # Horner's rule in both halves at once; the exponents add up to a known constant.
+        STEP: tl.constexpr = 1 << BITS
+        SUM: tl.constexpr = (0x43004300 * (1 + STEP + STEP**2 + STEP**3)) & 0xFFFFFFFF
+        v = ((f3 * STEP + f2) * STEP + f1) * STEP + f0 - SUM
+        v = tl.where(representable, v, 0)
+        if BITS == 4:
+            out = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * W
+            tl.store(out + (row * W + word), v, mask=inside)
+        else:
+            out = codes_ptr.to(tl.pointer_type(tl.uint16)) + g0 * W
+            tl.store(out + (row * W + word), (v | (v >> 8)).to(tl.uint16), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "key_low", "key_high", "stream", "step", "rank"])
+def quantize_kernel(
+    x_ptr, codes_ptr, meta_ptr, n, key_low, key_high, stream, step, rank,
+    G: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """ROWS groups a program. WIDE: x is 16-byte aligned and may be read in words."""
+    W: tl.constexpr = G // 8
+    Element: tl.constexpr = x_ptr.dtype.element_ty
+    g0 = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    word = tl.arange(0, W)[None, :]
+    x_ptr += g0 * G
+    if WIDE and (g0 + ROWS) * G <= n:
+        p = _word_pointer(x_ptr) + (row * (G // 2) + word)
+        w0 = tl.load(p)
+        w1 = tl.load(p + W)
+        w2 = tl.load(p + 2 * W)
+        w3 = tl.load(p + 3 * W)
+        # All zero, though the compiler cannot know: made from loaded data it gives the noise
+        # the layout of the data, which otherwise passes through shared memory to get it.
+        pin = (w0.to(tl.uint64) >> 63 >> 1).to(tl.uint32)
+        _store_codes(
+            w0, w1, w2, w3, pin, None, codes_ptr, meta_ptr, g0,
+            key_low, key_high, stream, step, rank, Element, G, BITS, ROWS, ASM,
+        )  # fmt: skip
+    else:
+        e = row * G + 2 * word
+        last = (n - 1 - g0 * G).to(tl.int32)
+        inside = row * G <= last
+        w0 = _element_word(x_ptr, e, last)
+        w1 = _element_word(x_ptr, e + G // 4, last)
+        w2 = _element_word(x_ptr, e + G // 2, last)
+        w3 = _element_word(x_ptr, e + 3 * (G // 4), last)
+        _store_codes(
+            w0, w1, w2, w3, tl.zeros((ROWS, W), tl.uint32), inside, codes_ptr, meta_ptr, g0,
+            key_low, key_high, stream, step, rank, Element, G, BITS, ROWS, ASM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _values(w, SHIFT: tl.constexpr, scale, zero, G: tl.constexpr, BITS: tl.constexpr):
+    """(first, second) element of a word whose codes start at SHIFT in each half of w."""
+    HALF: tl.constexpr = 8 if BITS == 2 else 16
+    MASK: tl.constexpr = (1 << BITS) - 1
+    # 2^23 + code written as bits: an exact conversion by the units that do the arithmetic.
+    a = (((w >> SHIFT) & MASK) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    b = (((w >> (SHIFT + HALF)) & MASK) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return tl.fma(a, scale, zero), tl.fma(b, scale, zero)
+
+
+@triton.jit(do_not_specialize=["n"])
+def dequantize_kernel(
+    codes_ptr, meta_ptr, out_ptr, n,
+    G: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """ROWS groups a program; out is 16-byte aligned and holds n elements, no padding."""
+    W: tl.constexpr = G // 8
+    Element: tl.constexpr = out_ptr.dtype.element_ty
+    g0 = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    word = tl.arange(0, W)[None, :]
+    whole = (g0 + ROWS) * G <= n
+    inside = whole | ((g0 + row) * G < n)
+    meta = tl.load(meta_ptr + g0 + row, mask=inside, other=0)
+    scale = (meta & -65536).to(tl.float32, bitcast=True)
+    zero = (meta << 16).to(tl.float32, bitcast=True)
+    offset = row * W + word
+    if BITS == 8:
+        p = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * (2 * W) + offset + row * W
+        v0 = tl.load(p, mask=inside, other=0)
+        v1 = tl.load(p + W, mask=inside, other=0)
+        a0, b0 = _values(v0, 0, scale, zero, G, BITS)
+        a1, b1 = _values(v0, 8, scale, zero, G, BITS)
+        a2, b2 = _values(v1, 0, scale, zero, G, BITS)
+        a3, b3 = _values(v1, 8, scale, zero, G, BITS)
+    else:
+        word_type: tl.constexpr = tl.uint32 if BITS == 4 else tl.uint16
+        p = codes_ptr.to(tl.pointer_type(word_type)) + g0 * W + offset
+        v = tl.load(p, mask=inside, other=0).to(tl.uint32)
+        a0, b0 = _values(v, 0, scale, zero, G, BITS)
+        a1, b1 = _values(v, BITS, scale, zero, G, BITS)
+        a2, b2 = _values(v, 2 * BITS, scale, zero, G, BITS)
+        a3, b3 = _values(v, 3 * BITS, scale, zero, G, BITS)
+    out_ptr += g0 * G
+    if whole:
+        q = _word_pointer(out_ptr) + (row * (G // 2) + word)
+        tl.store(q, _join(a0, b0, Element, ASM))
+        tl.store(q + W, _join(a1, b1, Element, ASM))
+        tl.store(q + 2 * W, _join(a2, b2, Element, ASM))
+        tl.store(q + 3 * W, _join(a3, b3, Element, ASM))
+    else:
+        e = row * G + 2 * word
+        left = (n - g0 * G).to(tl.int32)
+        _store_pair(out_ptr, e, a0, b0, left)
+        _store_pair(out_ptr, e + G // 4, a1, b1, left)
+        _store_pair(out_ptr, e + G // 2, a2, b2, left)
+        _store_pair(out_ptr, e + 3 * (G // 4), a3, b3, left)
+
+
+@triton.jit
+def _store_pair(p, e, a, b, left):
+    tl.store(p + e, a.to(p.dtype.element_ty), mask=e < left)
+    tl.store(p + e + 1, b.to(p.dtype.element_ty), mask=e + 1 < left)
+
+
+@functools.cache
+def _has_assembly(device: torch.device) -> bool:
+    """Whether the kernels' PTX runs on `device`: NVIDIA from compute capability 8.0."""
+    nvidia = not INTERPRETING and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _as_int32(word: int) -> int:
+    """A 32-bit word as the signed int that Triton passes as i32, whatever its value."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def launch_quantize(
+    x: Tensor, out: Quantized, bits: int, group_size: int, noise: Sequence[int],
+    block: int = BLOCK,
+) -> None:  # fmt: skip
+    """Fill `out` from x, which has an element or more; `block` elements a program."""
+    rows = block // group_size
+    with torch.cuda.device_of(x):
+        quantize_kernel[(triton.cdiv(out.meta.numel(), rows),)](
+            x,
+            *out,
+            x.numel(),
+            *(_as_int32(word) for word in noise),
+            G=group_size,
+            BITS=bits,
+            ROWS=rows,
+            WIDE=x.data_ptr() % 16 == 0,
+            ASM=_has_assembly(x.device),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def launch_dequantize(
+    quantized: Quantized, out: Tensor, bits: int, group_size: int, block: int | None = None
+) -> None:
+    """Fill `out`, which has an element or more; `block` elements a program."""
+    rows = (block or BLOCK * 2 // out.itemsize) // group_size
+    with torch.cuda.device_of(out):
+        dequantize_kernel[(triton.cdiv(quantized.meta.numel(), rows),)](
+            *quantized,
+            out,
+            out.numel(),
+            G=group_size,
+            BITS=bits,
+            ROWS=rows,
+            ASM=_has_assembly(out.device),
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

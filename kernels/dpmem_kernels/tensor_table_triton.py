@@ -1,0 +1,211 @@
+"""The walk of tensor_table.py as one Triton launch, and a second tiny one that adds the sums."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tensor_table import CHUNK, Walk
+
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _typed(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if WIDE:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _move_tile(
+    source,
+    destination,
+    length,
+    scale,
+    SOURCE: tl.constexpr,
+    DESTINATION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move `length` elements; the sum of squares of what was written, and a non-finite flag.
+
+    WIDE: addresses are divisible by 16 and the length by 8.
+    """
+    offsets = tl.arange(0, BLOCK)
+    if WIDE:
+        length = (length >> 3) * 8  # tells the compiler, in a value that only this path has
+    mask = offsets < length
+    x = tl.load(_typed(source, SOURCE, WIDE) + offsets, mask=mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        x = x * scale
+    if destination is not None:
+        y = x.to(DESTINATION)
+        tl.store(_typed(destination, DESTINATION, WIDE) + offsets, y, mask=mask)
+        x = y.to(tl.float32)
+    sum_of_squares = tl.sum(x * x)
+    bad = 0
+    # A finite sum proves every element finite. Only a sum that is not (large gradients square to
+    # more than fp32 holds) makes it necessary to look at the elements.
+    if not (sum_of_squares < float("inf")):
+        bad = tl.max((x - x != 0.0).to(tl.int32))
+    return sum_of_squares, bad
+
+
+@triton.jit
+def _move_chunk(
+    source,
+    destination,
+    start,
+    length,
+    scale,
+    SOURCE: tl.constexpr,
+    DESTINATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Choose between 16-byte and single accesses. Addresses are in bytes, and of element 0."""
+    source += start * (SOURCE.primitive_bitwidth // 8)
+    alignment = source | (length * 2)  # 8 elements fill whole vectors of any dtype
+    if destination is not None:
+        destination += start * (DESTINATION.primitive_bitwidth // 8)
+        alignment |= destination
+    length = length.to(tl.int32)
+    if alignment % 16 == 0:
+        total, bad = _move_tile(
+            source, destination, length, scale, SOURCE, DESTINATION, True, BLOCK
+        )
+    else:
+        total, bad = _move_tile(
+            source, destination, length, scale, SOURCE, DESTINATION, False, BLOCK
+        )
+    return total, bad
+
+
+# Alignment that these scalars happen to have must not compile a kernel of its own.
+@triton.jit(do_not_specialize_on_alignment=["scale", "found_inf_ptr"])
+def walk_kernel(
+    table_ptr,
+    addresses_ptr,
+    scale,
+    found_inf_ptr,
+    partials_ptr,
+    SOURCE: tl.constexpr,
+    DESTINATION: tl.constexpr,
+    STORE: tl.constexpr,
+    LOAD_SCALE: tl.constexpr,
+    SKIP_IF_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program p moves chunk p. SOURCE and DESTINATION are dtypes, None for the tensor's own.
+
+    `scale` is a number, None, or with LOAD_SCALE a pointer to one.
+    """
+    if LOAD_SCALE:
+        scale = tl.load(scale)
+    if SKIP_IF_ONE:  # noqa: SIM102 - a condition for the compiler, then one for the GPU
+        if scale == 1.0:
+            return
+    chunk = tl.program_id(0)
+    row = table_ptr + 4 * chunk.to(tl.int64)
+    addresses = addresses_ptr + 2 * tl.load(row)
+    code = tl.load(row + 1)
+    start = tl.load(row + 2)
+    length = tl.load(row + 3)
+    source = tl.load(addresses)
+    destination = tl.load(addresses + 1) if STORE else None
+    FP32: tl.constexpr = tl.float32
+    BF16: tl.constexpr = tl.bfloat16
+    FP16: tl.constexpr = tl.float16
+    if code == 0:
+        total, bad = _move_chunk(
+            source,
+            destination,
+            start,
+            length,
+            scale,
+            FP32 if SOURCE is None else SOURCE,
+            FP32 if DESTINATION is None else DESTINATION,
+            BLOCK,
+        )
+    elif code == 1:
+        total, bad = _move_chunk(
+            source,
+            destination,
+            start,
+            length,
+            scale,
+            BF16 if SOURCE is None else SOURCE,
+            BF16 if DESTINATION is None else DESTINATION,
+            BLOCK,
+        )
+    else:
+        total, bad = _move_chunk(
+            source,
+            destination,
+            start,
+            length,
+            scale,
+            FP16 if SOURCE is None else SOURCE,
+            FP16 if DESTINATION is None else DESTINATION,
+            BLOCK,
+        )
+    tl.store(partials_ptr + chunk, total)
+    # Every program that stores here stores the same value, so the order does not matter.
+    tl.store(found_inf_ptr, 1.0, mask=bad != 0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_kernel(partials_ptr, n, sum_ptr, BLOCK: tl.constexpr):
+    """sum[0] = partials[0] + ... + partials[n - 1], in float64 and in a fixed order."""
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, n, BLOCK):
+        mask = start + offsets < n
+        total += tl.load(partials_ptr + start + offsets, mask=mask, other=0.0).to(tl.float64)
+    tl.store(sum_ptr, tl.sum(total).to(tl.float32))
+
+
+def _to_device(words: list[int], device: torch.device) -> Tensor:
+    """One copy that the host does not wait for."""
+    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def run(walk: Walk, chunks: Tensor, skip_if_one: bool) -> tuple[Tensor, Tensor]:
+    """See Walk.run."""
+    store = walk.destinations is not None
+    # The first word stays 0: it is the flag, lowered by the copy that brings the addresses. The
+    # second keeps the addresses, two to a tensor, aligned.
+    words = [0] * (2 + 2 * len(walk.sources))
+    words[2::2] = walk.sources
+    if walk.destinations is not None:
+        words[3::2] = walk.destinations
+    uploaded = _to_device(words, walk.device)
+    found_inf, addresses = uploaded[:1].view(torch.float32)[0], uploaded[2:]
+    partials = torch.empty(len(chunks), dtype=torch.float32, device=walk.device)
+    sum_of_squares = torch.empty((), dtype=torch.float32, device=walk.device)
+    with torch.cuda.device_of(uploaded):
+        if len(chunks):
+            walk_kernel[(len(chunks),)](
+                chunks,
+                addresses,
+                walk.scale,
+                found_inf,
+                partials,
+                SOURCE=None if walk.source_dtype is None else TL_DTYPES[walk.source_dtype],
+                DESTINATION=(
+                    None if walk.destination_dtype is None else TL_DTYPES[walk.destination_dtype]
+                ),
+                STORE=store,
+                LOAD_SCALE=isinstance(walk.scale, Tensor),
+                SKIP_IF_ONE=skip_if_one,
+                BLOCK=CHUNK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+        if not skip_if_one:
+            sum_kernel[(1,)](partials, len(chunks), sum_of_squares, BLOCK=1024, num_warps=4)
+    return sum_of_squares, found_inf

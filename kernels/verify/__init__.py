@@ -1,0 +1,1 @@
+"""What proves a kernel where there is no GPU."""

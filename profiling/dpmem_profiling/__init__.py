@@ -1,0 +1,32 @@
+"""Where the bytes of a training step go: measure it, search the batch that fits, report it."""
+
+from dpmem_profiling.batch_size import search
+from dpmem_profiling.job import Job, StepContext, build, make_batch, run_step
+from dpmem_profiling.meter import measure
+from dpmem_profiling.nvml import NvmlUnavailable, device_memory
+from dpmem_profiling.record import CATEGORIES, BatchSizeResult, Category, MemoryRecord, Probe
+from dpmem_profiling.report import ReportFiles, terminal_table, write_report
+from dpmem_profiling.tracker import MemoryLimitExceeded
+from dpmem_profiling.units import format_bytes
+
+__all__ = [
+    "CATEGORIES",
+    "BatchSizeResult",
+    "Category",
+    "Job",
+    "MemoryLimitExceeded",
+    "MemoryRecord",
+    "NvmlUnavailable",
+    "Probe",
+    "ReportFiles",
+    "StepContext",
+    "build",
+    "device_memory",
+    "format_bytes",
+    "make_batch",
+    "measure",
+    "run_step",
+    "search",
+    "terminal_table",
+    "write_report",
+]

@@ -1,0 +1,289 @@
+"""Measure one training step: bytes by category over time, on the machine at hand.
+
+The figures are the live storages that `MemoryTracker` sees, attributed by `Attribution`. On a CPU
+that is all there is. On CUDA the caching allocator's own peak is the total and what the tracker
+cannot explain of it stays visible as "unknown".
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from dpmem_profiling import nvml
+from dpmem_profiling.attribution import Attribution, Owned
+from dpmem_profiling.job import Built, Job, Phase, StepContext, build, make_batch, run_step
+from dpmem_profiling.record import Category, MemoryRecord, TensorAtPeak
+from dpmem_profiling.timeline import Replay, replay
+from dpmem_profiling.tracker import MemoryLimitExceeded, MemoryTracker
+from dpmem_profiling.units import format_bytes
+
+# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
+CUDA_BLOCK_BYTES = 512
+TENSORS_AT_PEAK = 20
+
+
+def measure(
+    job: Job,
+    batch_size: int,
+    *,
+    device: torch.device | str | None = None,
+    warmup_steps: int = 2,
+    owned: Owned | None = None,
+    limit_bytes: int | None = None,
+    world_size: int = 1,
+) -> MemoryRecord:
+    """Build the job, run `warmup_steps` steps, record one more, time another, and tear it all down.
+
+    device        where to train; None is the current CUDA device where there is one, else the CPU
+    warmup_steps  steps before the recorded one: optimizers make their state in the first,
+                  DistributedDataParallel rebuilds its buckets in the second
+    owned         model -> {category: tensors}, asked after forward, after backward and between
+                  steps for memory that only a wrapper can name, such as "bucket" or "compressed"
+    limit_bytes   raise MemoryLimitExceeded as soon as the live tensors are more than this
+    world_size    written into the record; the bytes are this process's
+
+    Afterwards the memory is free and the random states of torch (CPU and CUDA), Python and NumPy
+    are what they were.
+
+    Raises MemoryLimitExceeded; ValueError for a batch_size, limit_bytes, warmup_steps or
+    world_size out of range; and whatever the job raises.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("world_size", world_size, 1),
+        ("limit_bytes", 1 if limit_bytes is None else limit_bytes, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
+    where = _resolve(device)
+    with _random_states_kept():
+        try:
+            return _measure(job, batch_size, where, warmup_steps, owned, limit_bytes, world_size)
+        except (MemoryLimitExceeded, torch.OutOfMemoryError) as error:
+            # The frames of a traceback hold the tensors of the step; the lines stay readable.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            gc.collect()
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _measure(
+    job: Job,
+    batch_size: int,
+    device: torch.device,
+    warmup_steps: int,
+    owned: Owned | None,
+    limit_bytes: int | None,
+    world_size: int,
+) -> MemoryRecord:
+    on_cuda = device.type == "cuda"
+    outside_bytes = torch.cuda.memory_allocated(device) if on_cuda else 0
+    tracker = MemoryTracker(
+        device, block_bytes=CUDA_BLOCK_BYTES if on_cuda else 1, limit_bytes=limit_bytes
+    )
+    attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
+    with tracker:
+        tracker.stage = "building the model"
+        built = build(job, device)
+        tracker.module_names = {id(module): name for name, module in built.model.named_modules()}
+        run = _Runner(job, built, batch_size, device, tracker, attribution)
+        with _raw_gradients_claimed(built, attribution):
+            for step in range(warmup_steps):
+                tracker.stage = f"warm-up step {step + 1}"
+                run.step()
+            tracker.stage = "the recorded step"
+            gc.collect()
+            before = len(tracker.changes)
+            live_at_start, start_s = tracker.live(), perf_counter()
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            run.step()
+            changes, persistent = tracker.changes[before:], tracker.live()
+    allocator = _cuda_peaks(device, outside_bytes) if on_cuda else None
+    replayed = replay(live_at_start, changes, attribution.category_of, start_s=start_s)
+
+    notes = []
+    if job.step is not None and not any(change.phase == "forward" for change in changes):
+        notes.append(
+            "The step marks no forward phase, so activations count as temporary: "
+            "put `with context.phase('forward'):` around it."
+        )
+    peak_bytes, at_peak = replayed.peak_bytes, dict(replayed.at_peak)
+    if allocator is not None:
+        notes.extend(allocator.notes)
+        if allocator.allocated_bytes > peak_bytes:
+            unexplained_bytes = allocator.allocated_bytes - peak_bytes
+            at_peak["unknown"] = at_peak.get("unknown", 0) + unexplained_bytes
+            peak_bytes = allocator.allocated_bytes
+    persistent_bytes: dict[Category, int] = {}
+    for number, size_bytes in persistent.items():
+        category = attribution.category_of(number)
+        persistent_bytes[category] = persistent_bytes.get(category, 0) + size_bytes
+    return MemoryRecord(
+        name=job.name,
+        source="measured",
+        batch_size=batch_size,
+        world_size=world_size,
+        device=torch.cuda.get_device_name(device) if on_cuda else device.type.upper(),
+        torch_version=torch.__version__,
+        peak_allocated_bytes=peak_bytes,
+        peak_reserved_bytes=None if allocator is None else allocator.reserved_bytes,
+        device_bytes=None if allocator is None else allocator.device_bytes,
+        limit_bytes=limit_bytes,
+        at_peak=at_peak,
+        peak_by_category=replayed.peak_by_category,
+        persistent_bytes={name: size for name, size in persistent_bytes.items() if size},
+        timeline=replayed.points,
+        tensors_at_peak=_largest(replayed, tracker, attribution),
+        step_s=run.timed_step(),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Runs the job's steps, one fresh batch each, and has the attribution look at every edge."""
+
+    job: Job
+    built: Built
+    batch_size: int
+    device: torch.device
+    tracker: MemoryTracker
+    attribution: Attribution
+
+    def step(self) -> None:
+        """One step under the tracker. The batch is made and gone within."""
+        self.attribution.claim_model(self.built)
+        self.attribution.between_steps()
+        with self.tracker.in_phase(None):
+            batch = make_batch(self.job, self.batch_size, self.device)
+            self.attribution.claim_batch(batch)
+            model, optimizer = self.built
+            run_step(self.job, StepContext(model, batch, optimizer, self.device, self._phase))
+            del batch
+        self.attribution.claim_model(self.built)
+        self.attribution.between_steps()
+
+    def timed_step(self) -> float:
+        """One step with nothing watching, in seconds; the batch is made beforehand."""
+        batch = make_batch(self.job, self.batch_size, self.device)
+        model, optimizer = self.built
+        context = StepContext(model, batch, optimizer, self.device)
+        synchronize: Callable[[], None] = (
+            (lambda: torch.cuda.synchronize(self.device))
+            if self.device.type == "cuda"
+            else (lambda: None)
+        )
+        synchronize()
+        start_s = perf_counter()
+        run_step(self.job, context)
+        synchronize()
+        return perf_counter() - start_s
+
+    @contextmanager
+    def _phase(self, name: Phase) -> Iterator[None]:
+        with self.tracker.in_phase(name):
+            yield
+            if name == "forward":
+                self.attribution.end_of_forward()
+            if name != "zero_grad":
+                self.attribution.claim_model(self.built)
+
+
+@contextmanager
+def _raw_gradients_claimed(built: Built, attribution: Attribution) -> Iterator[None]:
+    """Claim gradients as backward produces them: a wrapper may drop them before backward ends."""
+    with ExitStack() as undo:
+        for parameter in built.model.parameters():
+            if parameter.requires_grad:
+                handle = parameter.register_hook(attribution.claim_gradient)
+                undo.callback(handle.remove)
+        yield
+
+
+def _largest(
+    replayed: Replay, tracker: MemoryTracker, attribution: Attribution
+) -> tuple[TensorAtPeak, ...]:
+    by_size = sorted(replayed.live_at_peak.items(), key=lambda item: -item[1])
+    return tuple(
+        TensorAtPeak(
+            size_bytes=size_bytes,
+            shape=tracker.storages[number].shape,
+            dtype=tracker.storages[number].dtype,
+            category=attribution.category_of(number),
+            module=tracker.storages[number].module,
+            op=tracker.storages[number].op,
+        )
+        for number, size_bytes in by_size[:TENSORS_AT_PEAK]
+    )
+
+
+@dataclass(frozen=True)
+class _CudaPeaks:
+    allocated_bytes: int
+    reserved_bytes: int
+    device_bytes: int | None
+    notes: tuple[str, ...]
+
+
+def _cuda_peaks(device: torch.device, outside_bytes: int) -> _CudaPeaks:
+    """What the caching allocator and NVML know of the step that just ran."""
+    notes = []
+    if outside_bytes:
+        notes.append(
+            f"{format_bytes(outside_bytes)} were allocated in this process before the measurement; "
+            "the allocated peak leaves them out, the reserved peak does not."
+        )
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    device_bytes = None
+    try:
+        for gpu in nvml.device_memory():
+            if gpu.uuid.removeprefix("GPU-") == uuid:
+                device_bytes = gpu.used_bytes
+    except nvml.NvmlUnavailable as error:
+        notes.append(f"Whole-device use is not known: {error}")
+    return _CudaPeaks(
+        allocated_bytes=torch.cuda.max_memory_allocated(device) - outside_bytes,
+        reserved_bytes=torch.cuda.max_memory_reserved(device),
+        device_bytes=device_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _resolve(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"measure() knows the devices cpu and cuda; got {device}")
+    # A storage on the CPU reports a device without an index.
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    python_state = random.getstate()
+    cuda_indices = range(torch.cuda.device_count())
+    try:
+        with torch.random.fork_rng(devices=list(cuda_indices)):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

@@ -1,0 +1,203 @@
+"""What is known about the memory of one training step: `MemoryRecord` and its neighbours.
+
+These are the only shapes that cross from whoever measures or predicts to whoever reports. All
+quantities are bytes and seconds; what is not known is None, never 0 or -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Category = Literal[
+    "parameter",
+    "gradient",
+    "optimizer_state",
+    "bucket",
+    "activation",
+    "compressed",
+    "temporary",
+    "buffer",
+    "input",
+    "workspace",
+    "unknown",
+]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+
+Source = Literal["measured", "predicted"]
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TimelinePoint:
+    """Live bytes by category right after one allocation or release.
+
+    `event` counts allocations, releases and phase edges from the start of the step; `phase` is
+    None outside of every phase. Categories that hold nothing are left out.
+    """
+
+    event: int
+    time_s: float
+    phase: str | None
+    live_bytes: Mapping[Category, int]
+
+
+@dataclass(frozen=True)
+class TensorAtPeak:
+    """One storage that was live at the peak, described by the tensor that created it.
+
+    `module` is the path of the module whose forward was running, None outside of any (in backward,
+    in the optimizer, while building); `op` the operator, e.g. "aten.mm", None where the storage is
+    older than the tracker.
+    """
+
+    size_bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    category: Category
+    module: str | None
+    op: str | None
+
+
+@dataclass(frozen=True)
+class MemoryRecord:
+    """The memory of one training step, measured or predicted. Schema version 1.
+
+    name                  what reports call the job
+    source                "measured" or "predicted"
+    batch_size            samples per rank in the step
+    world_size            data-parallel ranks; the bytes are one rank's
+    device                "CPU", or the GPU's name
+    torch_version         torch.__version__
+    peak_allocated_bytes  the most tensor bytes live at once during the step
+    peak_reserved_bytes   the most the caching allocator held; None where there is none (CPU)
+    device_bytes          the whole device in use right after the step, by NVML
+    limit_bytes           the limit in force during the step
+    at_peak               bytes by category at the peak; they sum to peak_allocated_bytes
+    peak_by_category      each category's own peak, at its own moment
+    persistent_bytes      by category, between steps, with no batch alive
+    timeline              the step, thinned; holds the peak and all phase edges
+    tensors_at_peak       the largest tensors live at the peak, largest first
+    step_s                one step, timed without instrumentation
+    notes                 sentences a reader needs to judge the figures
+
+    Raises ValueError where the categories at the peak do not add up to it, or one is not known.
+    """
+
+    name: str
+    source: Source
+    batch_size: int
+    world_size: int
+    device: str
+    torch_version: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int | None
+    device_bytes: int | None
+    limit_bytes: int | None
+    at_peak: Mapping[Category, int]
+    peak_by_category: Mapping[Category, int]
+    persistent_bytes: Mapping[Category, int]
+    timeline: tuple[TimelinePoint, ...]
+    tensors_at_peak: tuple[TensorAtPeak, ...]
+    step_s: float | None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.source not in get_args(Source):
+            raise ValueError(
+                f"source must be one of {', '.join(get_args(Source))}; got {self.source!r}"
+            )
+        for field in ("at_peak", "peak_by_category", "persistent_bytes"):
+            unknown = set(getattr(self, field)) - set(CATEGORIES)
+            if unknown:
+                raise ValueError(
+                    f"{field} must use the categories {', '.join(CATEGORIES)}; "
+                    f"got {', '.join(sorted(map(str, unknown)))}"
+                )
+        total_bytes = sum(self.at_peak.values())
+        if total_bytes != self.peak_allocated_bytes:
+            raise ValueError(
+                f"at_peak must sum to peak_allocated_bytes={self.peak_allocated_bytes}; "
+                f"got {total_bytes}. Put what is not accounted for under 'unknown'."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a dictionary that `json.dumps` takes; `from_json` reads it back."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MemoryRecord:
+        """Read what `to_json` wrote, also after a trip through `json.dumps` and `json.loads`.
+
+        Raises ValueError for another schema version and for missing or surplus fields.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version must be {SCHEMA_VERSION}; got {version!r}. "
+                "Read this record with the dpmem version that wrote it."
+            )
+        fields = {key: value for key, value in data.items() if key != "schema_version"}
+        expected = set(cls.__dataclass_fields__)
+        if set(fields) != expected:
+            differing = ", ".join(sorted(set(fields) ^ expected))
+            raise ValueError(
+                f"a version {SCHEMA_VERSION} record has exactly the documented fields; "
+                f"missing or surplus: {differing}"
+            )
+        fields["timeline"] = tuple(TimelinePoint(**point) for point in fields["timeline"])
+        fields["tensors_at_peak"] = tuple(
+            TensorAtPeak(**{**tensor, "shape": tuple(tensor["shape"])})
+            for tensor in fields["tensors_at_peak"]
+        )
+        fields["notes"] = tuple(fields["notes"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One batch size tried.
+
+    `outcome`: "fits"; "oom", out of memory or over the limit; "retry", it ran but only after the
+    allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
+    another reason. `seconds` is one training step.
+    """
+
+    batch: int
+    outcome: Literal["fits", "oom", "retry", "error"]
+    predicted_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class BatchSizeResult:
+    """The outcome of a batch-size search.
+
+    largest_fitting  largest batch whose peak is within limit_bytes, None where batch 1 is not
+    largest_safe     largest batch whose peak is within limit_bytes - margin_bytes, or None
+    fastest          the probed safe batch with the most samples per second; None if none was timed
+    peak_bytes       the peak at largest_safe, else at batch 1 (at least this, where it ran out of
+                     memory); None where the probe did not say
+    probes           every batch tried, in order
+    curve            (batch, peak bytes) of the probes that ran, ascending
+    limited_by       one phrase: what keeps the batch from growing
+    """
+
+    largest_fitting: int | None
+    largest_safe: int | None
+    fastest: int | None
+    peak_bytes: int | None
+    limit_bytes: int
+    margin_bytes: int
+    source: Source
+    probes: tuple[Probe, ...]
+    curve: tuple[tuple[int, int], ...]
+    limited_by: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a dictionary that `json.dumps` takes."""
+        return asdict(self)

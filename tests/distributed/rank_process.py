@@ -1,0 +1,33 @@
+"""One rank of a test: waits for tasks, runs them, sends back what they return or raise."""
+
+import traceback
+import warnings
+from datetime import timedelta
+from typing import Any
+
+
+def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
+    import tasks
+    import torch
+    import torch.distributed as dist
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{scratch}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=30),
+    )
+    while True:
+        task, arguments = pipe.recv()
+        torch.manual_seed(0)
+        try:
+            result, trace = getattr(tasks, task)(rank, **arguments), None
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test must hear of it
+            # Tracebacks do not pickle: their text travels. So does the type, where it is plain.
+            plain = type(error) in (ValueError, TypeError, RuntimeError)
+            result = error.with_traceback(None) if plain else RuntimeError(repr(error))
+            trace = traceback.format_exc()
+        pipe.send((result, trace))

@@ -1,0 +1,268 @@
+"""What ranks do in tests. Each takes its rank and returns plain values."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dpmem
+from dpmem.text_gpt import ByteGPT, GPTSize
+
+
+class ConvNet(nn.Module):
+    """Convolutions in channels_last, batch norm, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class TiedAndUnused(nn.Module):
+    """Tied weights, a parameter nobody uses, one used on rank 0 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.unused = nn.Parameter(torch.ones(3))
+        self.sometimes = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, use: bool) -> Tensor:
+        hidden = self.embed(x) * self.scalar
+        return self.head(self.sometimes(hidden) if use else hidden)
+
+
+def _make(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    if kind == "conv":
+        return ConvNet()
+    if kind == "gpt":
+        return ByteGPT(GPTSize(layers=2, width=32, heads=2, context=16))
+    return TiedAndUnused()
+
+
+def _loss(kind: str, model: nn.Module, rank: int, step: int) -> Tensor:
+    noise = torch.Generator().manual_seed(100 * step + rank)
+    if kind == "conv":
+        return model(torch.randn(4, 3, 8, 8, generator=noise)).square().sum()
+    tokens = torch.randint(0, 20, (3, 16), generator=noise)
+    if kind == "gpt":
+        return model(tokens).float().logsumexp(-1).sum()
+    return model(tokens, rank == 0).square().sum()
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {
+        name.removeprefix("module."): None if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def _pair(kind: str, **options: Any) -> tuple[DistributedDataParallel, dpmem.DataParallel]:
+    model = _make(kind)
+    unused = kind == "tied"
+    theirs = DistributedDataParallel(
+        copy.deepcopy(model), find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
+    return theirs, dpmem.DataParallel(model, find_unused_parameters=unused, **options)
+
+
+def gradient_parity(rank: int, kind: str, bucket_cap_mb: float, steps: int = 3) -> list[str]:
+    """Names of gradients that are not bit-equal to DDP's, over some SGD steps."""
+    theirs, ours = _pair(kind, bucket_cap_mb=bucket_cap_mb)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (theirs, ours)]
+    different = []
+    for step in range(steps):
+        for model in (theirs, ours):
+            _loss(kind, model, rank, step).backward()
+        expected, received = _gradients(theirs), _gradients(ours)
+        for name, gradient in expected.items():
+            other = received[name]
+            same = gradient is other is None or (
+                gradient is not None and other is not None and torch.equal(gradient, other)
+            )
+            if not same:
+                different.append(f"step {step}: {name}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return different
+
+
+def clipped_training(
+    rank: int, kind: str, max_norm: float, steps: int
+) -> tuple[float, float, bool]:
+    """(largest parameter difference to DDP + clip_grad_norm_, largest norm difference, clipped)."""
+    theirs, _ = _pair(kind)
+    model = _make(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    ours, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=max_norm)
+    their_optimizer = torch.optim.SGD(theirs.parameters(), lr=1e-2)
+    worst_norm, clipped = 0.0, False
+    for step in range(steps):
+        for wrapped in (theirs, ours):
+            _loss(kind, wrapped, rank, step).backward()
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+        their_optimizer.step()
+        optimizer.step()
+        worst_norm = max(worst_norm, abs(float(ours.grad_norm) / float(norm) - 1))
+        clipped = clipped or float(norm) > max_norm
+        their_optimizer.zero_grad()
+        optimizer.zero_grad()
+    worst = max(
+        float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-12))
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+    return worst, worst_norm, clipped
+
+
+def parameters_agree(rank: int) -> bool:
+    """After clipped, compressed training every rank holds the same bits."""
+    torch.manual_seed(rank)
+    model = ByteGPT(GPTSize(layers=2, width=64, heads=2, context=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimizer = dpmem.wrap(model, optimizer, activations="4bit", max_grad_norm=0.5)
+    for step in range(4):
+        tokens = torch.randint(
+            0, 256, (8, 64), generator=torch.Generator().manual_seed(rank + step)
+        )
+        nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, flat)
+    return all(torch.equal(both[0], other) for other in both)
+
+
+def accumulation(rank: int, kind: str) -> list[str]:
+    """Two micro-batches under no_sync, one outside: the same gradients as DDP's?"""
+    theirs, ours = _pair(kind)
+    for model in (theirs, ours):
+        with model.no_sync():
+            _loss(kind, model, rank, 0).backward()
+            _loss(kind, model, rank, 1).backward()
+        _loss(kind, model, rank, 2).backward()
+    expected, received = _gradients(theirs), _gradients(ours)
+    return [name for name in expected if not torch.equal(expected[name], received[name])]
+
+
+def no_sync_is_local(rank: int) -> bool:
+    """Inside no_sync the gradient is this rank's own."""
+    model = _make("gpt")
+    alone = copy.deepcopy(model)
+    wrapped = dpmem.DataParallel(model)
+    with wrapped.no_sync():
+        _loss("gpt", wrapped, rank, 0).backward()
+    _loss("gpt", alone, rank, 0).backward()
+    return all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True)
+    )
+
+
+def every_backward_is_averaged(rank: int, between: str) -> bool:
+    """A forward without gradients, or a second forward, between forward and backward."""
+    wrapped = dpmem.DataParallel(_make("gpt"))
+    loss = _loss("gpt", wrapped, rank, 0)
+    if between == "no_grad":
+        with torch.no_grad():
+            _loss("gpt", wrapped, rank, 1)
+        loss.backward()
+    elif between == "second forward":
+        second = _loss("gpt", wrapped, rank, 1)
+        loss.backward()
+        second.backward()
+    else:
+        loss.backward(retain_graph=True)
+        loss.backward()
+    gradient = wrapped.module.head.weight.grad.clone()
+    largest = gradient.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return torch.equal(gradient, largest)
+
+
+def unused_without_asking(rank: int) -> None:
+    _loss("tied", dpmem.DataParallel(_make("tied")), 0, 0).backward()
+
+
+def recovers_after_exception(rank: int) -> list[str]:
+    """A backward that raises midway leaves nothing behind that spoils the next step."""
+    theirs, ours = _pair("gpt", bucket_cap_mb=0.01)
+
+    def fail(_: Tensor) -> None:
+        raise ArithmeticError("planned")
+
+    handle = ours.module.blocks[0].expand.weight.register_hook(fail)
+    try:
+        _loss("gpt", ours, rank, 0).backward()
+    except ArithmeticError:
+        handle.remove()
+    ours.zero_grad()
+    for model in (theirs, ours):
+        _loss("gpt", model, rank, 1).backward()
+    expected, received = _gradients(theirs), _gradients(ours)
+    return [name for name in expected if not torch.equal(expected[name], received[name])]
+
+
+def different_models(rank: int) -> None:
+    dpmem.DataParallel(nn.Linear(4, 4 + rank))
+
+
+def initial_state_is_rank_zeros(rank: int) -> tuple[float, float]:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with torch.no_grad():
+        model[0].weight.fill_(rank + 1)
+        model[1].running_mean.fill_(rank + 5)
+    wrapped = dpmem.DataParallel(model)
+    with torch.no_grad():
+        model[1].running_mean.fill_(rank + 7)
+    wrapped.train()
+    wrapped(torch.zeros(4, 2))
+    # Momentum 0.1 towards the batch's mean, which is the bias: from rank 0's 7 on every rank.
+    weight, bias = model[0].weight.detach(), model[0].bias.detach()
+    return float(weight[0, 0]), float(model[1].running_mean[0] - 0.1 * bias[0])
+
+
+def bucket_memory(rank: int) -> tuple[int, int, int, bool]:
+    """Bucket bytes planned, after backward, after zero_grad and a forward; are .grads in them?"""
+    wrapped = dpmem.DataParallel(_make("gpt"), bucket_cap_mb=0.02)
+    planned = wrapped._gradients.plan.size_bytes
+    _loss("gpt", wrapped, rank, 0).backward()
+    buckets = wrapped.owned_tensors()["bucket"]
+    held = sum(t.untyped_storage().nbytes() for t in buckets)
+    addresses = {t.untyped_storage().data_ptr() for t in buckets}
+    inside = all(p.grad.untyped_storage().data_ptr() in addresses for p in wrapped.parameters())
+    del buckets
+    wrapped.zero_grad()
+    with torch.no_grad():
+        _loss("gpt", wrapped, rank, 0)
+    after = sum(t.untyped_storage().nbytes() for t in wrapped.owned_tensors()["bucket"])
+    return planned, held, after, inside
+
+
+def edited_gradients_are_clipped(rank: int) -> tuple[float, float]:
+    """(norm clipping saw, true norm) when the user edits a gradient between backward and step."""
+    model = _make("gpt")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wrapped, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+    _loss("gpt", wrapped, rank, 0).backward()
+    model.head.weight.grad.mul_(3.0)
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    optimizer.step()
+    return float(wrapped.grad_norm), float(expected)

@@ -1,0 +1,88 @@
+"""DataParallel on real ranks, with DistributedDataParallel as the oracle."""
+
+from collections.abc import Callable
+
+import pytest
+
+Pool = Callable[[int], "Ranks"]  # noqa: F821 - conftest's, which tests cannot import
+
+# One bucket; many buckets, several of them smaller than a gradient.
+BUCKETS_MIB = [25.0, 0.002]
+
+
+@pytest.mark.parametrize("bucket_cap_mb", BUCKETS_MIB)
+@pytest.mark.parametrize("kind", ["conv", "gpt", "tied"])
+def test_gradients_bit_equal_to_ddp(ranks: Pool, kind: str, bucket_cap_mb: float) -> None:
+    results = ranks(2).run("gradient_parity", kind=kind, bucket_cap_mb=bucket_cap_mb)
+    assert results == [[], []]
+
+
+@pytest.mark.parametrize(("max_norm", "expect_clipped"), [(0.5, True), (1e6, False)])
+def test_clipping_matches_clip_grad_norm(
+    ranks: Pool, max_norm: float, expect_clipped: bool
+) -> None:
+    for worst, worst_norm, clipped in ranks(2).run(
+        "clipped_training", kind="gpt", max_norm=max_norm, steps=5
+    ):
+        assert clipped is expect_clipped
+        # Both sum squares in fp32, in different orders: 17 k elements, relative error of either
+        # sum below log2(n) roundings; five steps of a smooth loss do not amplify it.
+        assert worst_norm < 32 * 2**-24
+        assert worst < 5 * 32 * 2**-24
+
+
+def test_ranks_hold_the_same_bits(ranks: Pool) -> None:
+    assert ranks(2).run("parameters_agree") == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["conv", "gpt"])
+def test_accumulation_matches_ddp(ranks: Pool, kind: str) -> None:
+    assert ranks(2).run("accumulation", kind=kind) == [[], []]
+
+
+def test_no_sync_leaves_gradients_local(ranks: Pool) -> None:
+    assert ranks(2).run("no_sync_is_local") == [True, True]
+
+
+@pytest.mark.parametrize("between", ["no_grad", "second forward", "retain_graph"])
+def test_every_backward_is_averaged(ranks: Pool, between: str) -> None:
+    assert ranks(2).run("every_backward_is_averaged", between=between) == [True, True]
+
+
+def test_unused_parameters_are_named(ranks: Pool) -> None:
+    for error in ranks(2).errors("unused_without_asking"):
+        assert isinstance(error, RuntimeError)
+        assert "1 received none: 'unused'" in str(error)
+        assert "find_unused_parameters=True" in str(error)
+
+
+def test_recovers_after_an_exception_in_backward(ranks: Pool) -> None:
+    assert ranks(2).run("recovers_after_exception") == [[], []]
+
+
+def test_different_models_are_refused(ranks: Pool) -> None:
+    for error in ranks(2).errors("different_models"):
+        assert isinstance(error, RuntimeError)
+        assert "rank 0 and rank 1 differ: ('weight', (4, 4)" in str(error)
+
+
+def test_parameters_and_buffers_come_from_rank_zero(ranks: Pool) -> None:
+    for weight, mean in ranks(2).run("initial_state_is_rank_zeros"):
+        assert weight == 1.0
+        assert mean == pytest.approx(0.9 * 7, rel=1e-6)
+
+
+def test_bucket_memory_is_as_planned_and_released(ranks: Pool) -> None:
+    for planned, held, after, inside in ranks(2).run("bucket_memory"):
+        assert planned == held > 0
+        assert after == 0
+        assert inside
+
+
+def test_clipping_sees_edited_gradients(ranks: Pool) -> None:
+    for seen, true in ranks(2).run("edited_gradients_are_clipped"):
+        assert seen == pytest.approx(true, rel=32 * 2**-24)
+
+
+def test_four_ranks(ranks: Pool) -> None:
+    assert ranks(4).run("parameters_agree") == [True] * 4

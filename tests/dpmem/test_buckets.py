@@ -1,0 +1,58 @@
+"""BucketPlan: every gradient in one place, no two in the same, within capacity."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpmem.buckets import SLOT_ALIGNMENT_BYTES, BucketPlan
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_docstring_example() -> None:
+    plan = BucketPlan.build(
+        [(2, torch.float32), (4, torch.float32), (3, torch.float32)], capacity_bytes=32
+    )
+    places = [[(s.parameter, s.offset, s.numel) for s in b.slots] for b in plan.buckets]
+    assert places == [[(2, 0, 3), (1, 4, 4)], [(0, 0, 2)]]
+    assert [bucket.numel for bucket in plan.buckets] == [8, 4]
+    assert plan.size_bytes == 48
+
+
+@given(
+    parameters=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(DTYPES)), max_size=40),
+    capacity_bytes=st.integers(1, 2000),
+    first=st.none() | st.integers(1, 500),
+)
+def test_plan_is_a_partition(
+    parameters: list[tuple[int, torch.dtype]], capacity_bytes: int, first: int | None
+) -> None:
+    plan = BucketPlan.build(parameters, capacity_bytes=capacity_bytes, first_capacity_bytes=first)
+    placed = sorted(slot.parameter for bucket in plan.buckets for slot in bucket.slots)
+    assert placed == list(range(len(parameters)))
+    for bucket in plan.buckets:
+        end = 0
+        for slot in bucket.slots:
+            assert (slot.numel, bucket.dtype) == parameters[slot.parameter]
+            assert slot.offset >= end
+            assert slot.offset * bucket.dtype.itemsize % SLOT_ALIGNMENT_BYTES == 0
+            end = slot.offset + slot.numel
+        assert end <= bucket.numel
+        assert (
+            bucket.numel * bucket.dtype.itemsize
+            < end * bucket.dtype.itemsize + SLOT_ALIGNMENT_BYTES
+        )
+        assert len(bucket.slots) == 1 or bucket.size_bytes <= max(capacity_bytes, first or 0)
+
+
+def test_exact_fit_stays_and_one_more_does_not() -> None:
+    exact = BucketPlan.build([(4, torch.float32)] * 4, capacity_bytes=32)
+    assert [len(bucket.slots) for bucket in exact.buckets] == [2, 2]
+    larger = BucketPlan.build([(5, torch.float32), (4, torch.float32)], capacity_bytes=32)
+    assert [len(bucket.slots) for bucket in larger.buckets] == [1, 1]
+
+
+def test_capacity_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="capacity must be positive; received 0 bytes"):
+        BucketPlan.build([], capacity_bytes=0)

@@ -1,0 +1,213 @@
+"""`wrap` and DataParallel in one process: the loop does not change, the numbers are torch's."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dpmem
+from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
+
+
+def gpt() -> ByteGPT:
+    torch.manual_seed(0)
+    return ByteGPT(GPTSize(layers=2, width=64, heads=2, context=32))
+
+
+def windows(step: int = 0) -> Tensor:
+    return torch.randint(0, 256, (4, 33), generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_clipped_training_matches_torch(optimizer_class: type, max_norm: float) -> None:
+    model = gpt()
+    plain = copy.deepcopy(model)
+    options = {"foreach": True, "lr": 1e-3}
+    ours, optimizer = dpmem.wrap(
+        model, optimizer_class(model.parameters(), **options), max_grad_norm=max_norm
+    )
+    theirs = optimizer_class(plain.parameters(), **options)
+    for step in range(3):
+        next_byte_loss(ours, windows(step)).backward()
+        next_byte_loss(plain, windows(step)).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        optimizer.step()
+        theirs.step()
+        # Sums of 120 k squares in fp32, in different orders.
+        assert float(ours.grad_norm) == pytest.approx(float(norm), rel=32 * 2**-24)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=64 * 2**-24, atol=0)
+        optimizer.zero_grad()
+        theirs.zero_grad()
+
+
+def test_gradients_below_the_norm_are_untouched() -> None:
+    model = gpt()
+    plain = copy.deepcopy(model)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), max_grad_norm=1e9
+    )
+    next_byte_loss(ours, windows()).backward()
+    next_byte_loss(plain, windows()).backward()
+    optimizer.step()
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
+
+
+def test_expanded_gradients_are_clipped_too() -> None:
+    """A gradient set by hand, with overlapping memory, must not be skipped or scaled twice."""
+    model = nn.Linear(3, 4)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), max_grad_norm=1.0
+    )
+    model.weight.grad = torch.tensor(2.0).expand(4, 3)
+    model.bias.grad = torch.zeros(8)[::2]
+    optimizer.step()
+    assert float(ours.grad_norm) == pytest.approx(48**0.5, rel=1e-6)
+    assert torch.allclose(model.weight.grad, torch.full((4, 3), 2 / 48**0.5))
+
+
+def test_channels_last_gradients_are_clipped() -> None:
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=0.1
+    )
+    x = torch.randn(2, 3, 8, 8)
+    ours(x).sum().backward()
+    plain(x).sum().backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+    optimizer.step()
+    assert torch.allclose(model.weight.grad, plain.weight.grad, rtol=1e-5)
+
+
+def test_closure_with_clipping_is_refused() -> None:
+    model = gpt()
+    _, optimizer = dpmem.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match="a closure would compute the gradients inside it"):
+        optimizer.step(lambda: 0.0)
+
+
+def test_sparse_gradients_with_clipping_are_refused() -> None:
+    model = nn.Embedding(10, 4, sparse=True)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0
+    )
+    ours(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match="use sparse=False"):
+        optimizer.step()
+
+
+def test_bf16_returns_fp32_and_computes_in_bf16() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            y = self.linear(x)
+            return {"y": y, "inner_dtype": y.dtype, "indices": torch.arange(3)}
+
+    ours, _ = dpmem.wrap(Model(), precision="bf16")
+    outputs = ours(torch.randn(2, 8))
+    assert outputs["inner_dtype"] is torch.bfloat16
+    assert outputs["y"].dtype is torch.float32
+    assert outputs["indices"].dtype is torch.int64
+    outputs["y"].sum().backward()
+    assert ours.module.linear.weight.grad.dtype is torch.float32
+
+
+def test_compressed_training_learns() -> None:
+    model = gpt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ours, optimizer = dpmem.wrap(model, optimizer, activations="4bit", max_grad_norm=1.0)
+    losses = []
+    for _ in range(12):
+        loss = next_byte_loss(ours, windows())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_no_compression_without_gradients() -> None:
+    ours, _ = dpmem.wrap(gpt(), activations="4bit")
+    with torch.no_grad():
+        next_byte_loss(ours, windows())
+    assert ours.owned_tensors() == {"bucket": [], "compressed": []}
+
+
+def test_state_dict_has_plain_keys_and_both_forms_load() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ours = dpmem.DataParallel(model)
+    state = ours.state_dict()
+    assert list(state) == list(model.state_dict())
+    assert state._metadata == model.state_dict()._metadata
+    prefixed = {f"module.{key}": value for key, value in model.state_dict().items()}
+    for form in (state, prefixed):
+        other = dpmem.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        other.load_state_dict(form)
+        assert all(
+            torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True)
+        )
+    plain = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    plain.load_state_dict(state)
+    outer = nn.ModuleDict({"net": ours})
+    assert list(outer.state_dict()) == [f"net.{key}" for key in model.state_dict()]
+    nn.ModuleDict({"net": dpmem.DataParallel(plain)}).load_state_dict(outer.state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})
+
+
+def test_a_child_named_module_is_not_confused() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    ours = dpmem.DataParallel(Inner())
+    assert list(ours.state_dict()) == ["module.weight", "module.bias"]
+    ours.load_state_dict(ours.state_dict())
+    ours.load_state_dict({f"module.{key}": value for key, value in ours.state_dict().items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_ids": [0]}, "must name the module's device cpu; received cuda:0"),
+        ({"output_device": 1}, "received cuda:1"),
+        ({"device_ids": ["cpu", "cpu"]}, "one process drives one device"),
+    ],
+)
+def test_wrong_devices_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dpmem.DataParallel(nn.Linear(2, 2), **options)
+
+
+def test_unknown_ddp_arguments_are_not_ignored() -> None:
+    with pytest.raises(TypeError, match="static_graph"):
+        dpmem.DataParallel(nn.Linear(2, 2), static_graph=True)
+
+
+def test_module_without_gradients_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have a parameter that requires one"):
+        dpmem.DataParallel(nn.ReLU())
+
+
+def test_frozen_parameters_stay_out_of_the_norm() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model[1].parameters(), lr=0.0), max_grad_norm=1.0
+    )
+    F.mse_loss(ours(torch.ones(2, 4)), torch.zeros(2, 4)).backward()
+    expected = torch.stack([p.grad.norm() for p in model[1].parameters()]).norm()
+    optimizer.step()
+    assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
