@@ -2,10 +2,11 @@
 
 A `TorchDispatchMode` is shown every operator below autograd, in forward, backward and the
 optimizer. The tracker notes each storage that an operator returns, once however many views share
-it, and its death through a weak reference: it keeps nothing alive. What it cannot see is scratch that
-one operator allocates and frees inside itself. That is nothing for linear layers and attention; for
-wide convolutions on a CPU, where oneDNN repacks its operands, the allocator's own peak was seen to
-be 1.45 times the tracker's.
+it, and its death through a weak reference: it keeps nothing alive.
+
+What it cannot see is scratch that one operator allocates and frees inside itself. That is next to
+nothing for linear layers and attention; for wide convolutions on a CPU, where oneDNN repacks its
+operands, the allocator's own peak was seen to be 1.45 times the tracker's.
 
 Source: torch/utils/_python_dispatch.py; torch/distributed/_tools/mem_tracker.py uses the same two
 signals.

@@ -1,0 +1,215 @@
+"""The largest batch that fits, from a handful of probes.
+
+A step's peak is close to a straight line in the batch size, so two small probes propose the answer
+and one confirms it. Where the line is wrong (the optimizer's step is the peak, an algorithm changes
+with the size) the search brackets: each further probe at least narrows what is possible.
+
+What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
+That the next one does not fit was either probed too, or inferred from a line that had predicted the
+confirming probe to within half a sample and puts the next one over by more than it was off;
+`limited_by` says which. A peak that falls again beyond a
+batch that failed is not looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dpmem_profiling.record import BatchSizeResult, Probe, Source
+from dpmem_profiling.units import format_bytes
+
+SMALL_BATCHES = (1, 4)
+# How far ahead to look while the peak does not yet grow with the batch.
+GROWTH = 4
+# A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
+LOCAL = 15 / 16
+
+
+def search(
+    probe: Callable[[int], Probe],
+    *,
+    limit_bytes: int,
+    margin_bytes: int,
+    max_batch: int = 2**20,
+    on_probe: Callable[[Probe], None] | None = None,
+    source: Source = "measured",
+) -> BatchSizeResult:
+    """Find the largest batches within `limit_bytes` and within `limit_bytes - margin_bytes`.
+
+    A probe's peak is its reserved_bytes, else allocated_bytes, else predicted_bytes. Any outcome
+    but "fits" is an upper bound. `on_probe` is shown every probe as it comes in.
+
+    On a straight line this takes 4 probes, or 3 where both answers agree: for a peak of
+    100 + 10 * batch with limit_bytes=1000 and margin_bytes=100 it tries 1, 4, 80 and 90, and
+    answers largest_safe=80, largest_fitting=90.
+
+    Raises ValueError for a limit that is not positive, a margin that is negative or leaves nothing,
+    a max_batch below 1, and a probe that fits without naming its peak.
+    """
+    if limit_bytes <= 0:
+        raise ValueError(f"limit_bytes must be positive; got {limit_bytes}")
+    if not 0 <= margin_bytes < limit_bytes:
+        raise ValueError(
+            f"margin_bytes must be at least 0 and below limit_bytes={limit_bytes}; "
+            f"got {margin_bytes}"
+        )
+    if max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1; got {max_batch}")
+    hunt = _Search(probe, max_batch, on_probe)
+    largest_safe = hunt.largest_within(limit_bytes - margin_bytes)
+    largest_fitting = hunt.largest_within(limit_bytes)
+    timed = [
+        done
+        for done in hunt.probes.values()
+        if done.seconds and largest_safe is not None and done.batch <= largest_safe
+    ]
+    fastest = max(timed, key=lambda done: done.batch / (done.seconds or 1), default=None)
+    return BatchSizeResult(
+        largest_fitting=largest_fitting,
+        largest_safe=largest_safe,
+        fastest=None if fastest is None else fastest.batch,
+        peak_bytes=_peak_bytes(hunt.probes[largest_safe or 1]),
+        limit_bytes=limit_bytes,
+        margin_bytes=margin_bytes,
+        source=source,
+        probes=tuple(hunt.probes.values()),
+        curve=tuple(sorted(hunt.peaks.items())),
+        limited_by=_limited_by(hunt, largest_fitting, largest_safe, limit_bytes, margin_bytes),
+    )
+
+
+class _Search:
+    """The probes so far, and how to choose the next."""
+
+    def __init__(
+        self,
+        probe: Callable[[int], Probe],
+        max_batch: int,
+        on_probe: Callable[[Probe], None] | None,
+    ) -> None:
+        self._probe = probe
+        self._on_probe = on_probe
+        self.max_batch = max_batch
+        self.probes: dict[int, Probe] = {}
+        self.peaks: dict[int, int] = {}
+        # How far the line through earlier probes was off, where that was within half a sample.
+        self._foreseen: dict[int, float] = {}
+
+    def largest_within(self, target_bytes: int) -> int | None:
+        """The largest batch whose peak is within `target_bytes`, probing as needed."""
+        for small in SMALL_BATCHES:
+            if small <= self.max_batch and small < self._first_failure(target_bytes):
+                self._try(small)
+        surprises = 0
+        while True:
+            failure = self._first_failure(target_bytes)
+            best = max((batch for batch in self.peaks if batch < failure), default=None)
+            if best is None or best + 1 == failure:
+                return best
+            slope = self._slope(best)
+            if slope > 0:
+                aim = best + int((target_bytes - self.peaks[best]) / slope)
+                overflow_bytes = self.peaks[best] + slope - target_bytes
+                if best in self._foreseen and overflow_bytes > self._foreseen[best]:
+                    return best
+            else:
+                aim = GROWTH * best
+            refuted = failure <= self.max_batch and (aim >= failure or surprises >= 3)
+            if refuted:
+                aim = (best + failure) // 2
+            elif surprises >= 3:
+                aim = max(aim, best + 2**surprises)
+            aim = min(max(aim, best + 1), failure - 1)
+            self._try(aim, self.peaks[best] + slope * (aim - best), slope)
+            surprises = 0 if aim in self._foreseen else surprises + (slope > 0)
+
+    def lowest_failure(self, target_bytes: int) -> int | None:
+        """The smallest probed batch that does not fit, None where all did."""
+        first = self._first_failure(target_bytes)
+        return None if first > self.max_batch else first
+
+    def bytes_per_sample(self) -> float:
+        """The slope of the peak between the smallest and the largest probes that ran."""
+        return self._slope(max(self.peaks)) if self.peaks else 0.0
+
+    def _first_failure(self, target_bytes: int) -> int:
+        failed = (
+            batch
+            for batch in self.probes
+            if batch not in self.peaks or self.peaks[batch] > target_bytes
+        )
+        return min(failed, default=self.max_batch + 1)
+
+    def _slope(self, batch: int) -> float:
+        """Bytes per sample up to `batch`, from the nearest probe that is not almost the same."""
+        below = [other for other in self.peaks if other < batch]
+        if not below:
+            return 0.0
+        base = max((other for other in below if other <= LOCAL * batch), default=min(below))
+        return (self.peaks[batch] - self.peaks[base]) / (batch - base)
+
+    def _try(self, batch: int, predicted_bytes: float = 0.0, slope: float = 0.0) -> None:
+        if batch in self.probes:
+            return
+        done = self._probe(batch)
+        self.probes[batch] = done
+        if self._on_probe is not None:
+            self._on_probe(done)
+        if done.outcome != "fits":
+            return
+        peak_bytes = _peak_bytes(done)
+        if peak_bytes is None:
+            raise ValueError(
+                f"a probe that fits must name its peak; got none for batch {batch}. "
+                "Set reserved_bytes, allocated_bytes or predicted_bytes."
+            )
+        self.peaks[batch] = peak_bytes
+        error_bytes = abs(peak_bytes - predicted_bytes)
+        if slope > 0 and error_bytes <= slope / 2:
+            self._foreseen[batch] = error_bytes
+
+
+def _peak_bytes(probe: Probe) -> int | None:
+    for peak_bytes in (probe.reserved_bytes, probe.allocated_bytes, probe.predicted_bytes):
+        if peak_bytes is not None:
+            return peak_bytes
+    return None
+
+
+def _limited_by(
+    hunt: _Search,
+    largest_fitting: int | None,
+    largest_safe: int | None,
+    limit_bytes: int,
+    margin_bytes: int,
+) -> str:
+    """One phrase: what keeps `largest_safe` from being larger."""
+    first = hunt.probes[1]
+    if largest_safe is None and first.outcome == "error":
+        return "batch 1 failed for a reason other than memory"
+    if largest_fitting is None:
+        peak_bytes = _peak_bytes(first)
+        if peak_bytes is None or peak_bytes <= limit_bytes:
+            return f"batch 1 does not fit in {format_bytes(limit_bytes)}"
+        at_least = "" if first.outcome == "fits" else "at least "
+        return (
+            f"batch 1 needs {at_least}{format_bytes(peak_bytes)}, "
+            f"{format_bytes(peak_bytes - limit_bytes)} more than the limit"
+        )
+    if largest_safe is None:
+        return f"batch 1 fits, but within the margin of {format_bytes(margin_bytes)}"
+    per_sample = hunt.bytes_per_sample()
+    if largest_safe == hunt.max_batch:
+        if per_sample <= 0:
+            return f"max_batch={hunt.max_batch}; the peak does not grow with the batch"
+        return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
+    failure = hunt.lowest_failure(limit_bytes - margin_bytes)
+    if failure == largest_safe + 1:
+        outcome = hunt.probes[failure].outcome
+        if outcome == "error":
+            return f"batch {failure} failed for a reason other than memory"
+        return f"memory: batch {failure} was tried and takes too much"
+    return (
+        f"memory: {format_bytes(per_sample)} a sample, "
+        f"so batch {largest_safe + 1} would take too much by the line through the probes"
+    )

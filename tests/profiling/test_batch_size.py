@@ -1,0 +1,183 @@
+"""search() against exhaustive search on synthetic peak curves."""
+
+import json
+import random
+from collections.abc import Callable
+
+import pytest
+
+from dpmem_profiling.batch_size import search
+from dpmem_profiling.record import Probe
+
+MAX_BATCH = 3000
+LIMIT_BYTES = 1_000_000
+MARGIN_BYTES = 50_000
+
+
+def line(batch: int) -> int:
+    return 20_000 + 3_217 * batch
+
+
+def optimizer_peak(batch: int) -> int:
+    return max(400_000, 30_000 + 3_217 * batch)
+
+
+def steps(batch: int) -> int:
+    return 20_000 + 30_000 * -(-batch // 16)
+
+
+def wide_steps(batch: int) -> int:
+    return 20_000 + 300_000 * (batch // 500)
+
+
+def kink(batch: int) -> int:
+    return 10_000 + 100 * batch + 9_000 * max(0, batch - 60)
+
+
+def concave(batch: int) -> int:
+    return int(50_000 * batch**0.5)
+
+
+def convex(batch: int) -> int:
+    return 10_000 + 3 * batch**2
+
+
+def exhaustive(peak: Callable[[int], int], budget_bytes: int) -> int | None:
+    return max((n for n in range(1, MAX_BATCH + 1) if peak(n) <= budget_bytes), default=None)
+
+
+def prober(peak: Callable[[int], int], oom_bytes: int | None = None) -> Callable[[int], Probe]:
+    def probe(batch: int) -> Probe:
+        if oom_bytes is not None and peak(batch) > oom_bytes:
+            return Probe(batch, "oom")
+        return Probe(batch, "fits", allocated_bytes=peak(batch))
+
+    return probe
+
+
+CURVES = [line, optimizer_peak, steps, wide_steps, kink, concave, convex]
+
+
+@pytest.mark.parametrize("oom_bytes", [None, LIMIT_BYTES], ids=["measured", "oom above the limit"])
+@pytest.mark.parametrize("peak", CURVES)
+def test_agrees_with_exhaustive_search(peak: Callable[[int], int], oom_bytes: int | None) -> None:
+    result = search(
+        prober(peak, oom_bytes),
+        limit_bytes=LIMIT_BYTES,
+        margin_bytes=MARGIN_BYTES,
+        max_batch=MAX_BATCH,
+    )
+    assert result.largest_fitting == exhaustive(peak, LIMIT_BYTES)
+    assert result.largest_safe == exhaustive(peak, LIMIT_BYTES - MARGIN_BYTES)
+    assert result.peak_bytes == peak(result.largest_safe)
+    # Bisection alone would need 2 * log2(3000) = 24.
+    assert len(result.probes) <= 22
+
+
+@pytest.mark.parametrize("margin_bytes", [0, MARGIN_BYTES])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_straight_line_takes_four_probes(seed: int, margin_bytes: int) -> None:
+    rng = random.Random(seed)
+    base_bytes, sample_bytes = rng.randrange(1, 500_000), rng.randrange(300, 40_000)
+    result = search(
+        prober(lambda batch: base_bytes + sample_bytes * batch),
+        limit_bytes=LIMIT_BYTES,
+        margin_bytes=margin_bytes,
+    )
+    assert result.largest_fitting == (LIMIT_BYTES - base_bytes) // sample_bytes
+    assert result.largest_safe == (LIMIT_BYTES - margin_bytes - base_bytes) // sample_bytes
+    assert len(result.probes) <= (4 if margin_bytes else 3)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_noise_never_yields_a_batch_that_was_not_seen_to_fit(seed: int) -> None:
+    rng = random.Random(seed)
+    noise_bytes = [rng.randrange(20_000) for _ in range(MAX_BATCH + 1)]
+    result = search(
+        prober(lambda batch: line(batch) + noise_bytes[batch]),
+        limit_bytes=LIMIT_BYTES,
+        margin_bytes=MARGIN_BYTES,
+        max_batch=MAX_BATCH,
+    )
+    peaks = dict(result.curve)
+    assert peaks[result.largest_safe] <= LIMIT_BYTES - MARGIN_BYTES
+    assert peaks[result.largest_fitting] <= LIMIT_BYTES
+    # The noise adds between 0 and 20,000 bytes to the line, so a batch that is better by more than
+    # that would have fitted, and one that needs less cannot have failed.
+    assert line(result.largest_safe + 1) + 20_000 > LIMIT_BYTES - MARGIN_BYTES
+    assert len(result.probes) <= 24
+
+
+def test_a_constant_peak_stops_at_max_batch() -> None:
+    result = search(
+        prober(lambda batch: 500), limit_bytes=1000, margin_bytes=10, max_batch=MAX_BATCH
+    )
+    assert (result.largest_safe, result.largest_fitting) == (MAX_BATCH, MAX_BATCH)
+    assert result.limited_by == "max_batch=3000; the peak does not grow with the batch"
+
+
+def test_nothing_fits() -> None:
+    result = search(prober(lambda batch: 1500 + batch), limit_bytes=1024, margin_bytes=10)
+    assert (result.largest_safe, result.largest_fitting, result.fastest) == (None, None, None)
+    assert result.peak_bytes == 1501
+    assert result.limited_by == "batch 1 needs 1.47 KiB, 477 B more than the limit"
+    assert len(result.probes) == 1
+
+
+def test_fits_only_within_the_margin() -> None:
+    result = search(prober(lambda batch: 900 + 50 * batch), limit_bytes=1000, margin_bytes=100)
+    assert (result.largest_safe, result.largest_fitting) == (None, 2)
+    assert result.limited_by == "batch 1 fits, but within the margin of 100 B"
+    assert result.peak_bytes == 950
+
+
+@pytest.mark.parametrize("outcome", ["oom", "retry", "error"])
+def test_every_other_outcome_is_an_upper_bound(outcome: str) -> None:
+    def probe(batch: int) -> Probe:
+        if batch > 37:
+            return Probe(batch, outcome)  # type: ignore[arg-type]
+        return Probe(batch, "fits", reserved_bytes=10 * batch, allocated_bytes=1)
+
+    result = search(probe, limit_bytes=1000, margin_bytes=0)
+    assert (result.largest_safe, result.largest_fitting) == (37, 37)
+    expected = {"error": "batch 38 failed for a reason other than memory"}
+    assert result.limited_by == expected.get(
+        outcome, "memory: batch 38 was tried and takes too much"
+    )
+
+
+def test_fastest_is_the_safe_probe_with_most_samples_per_second() -> None:
+    seconds = {1: 1.0, 4: 1.0, 80: 40.0, 90: 1.0}
+
+    def probe(batch: int) -> Probe:
+        return Probe(batch, "fits", allocated_bytes=100 + 10 * batch, seconds=seconds[batch])
+
+    seen: list[Probe] = []
+    result = search(probe, limit_bytes=1000, margin_bytes=100, on_probe=seen.append)
+    assert (result.largest_safe, result.largest_fitting, result.fastest) == (80, 90, 4)
+    assert tuple(seen) == result.probes
+    assert [point.batch for point in seen] == [1, 4, 80, 90]
+    assert result.curve == ((1, 110), (4, 140), (80, 900), (90, 1000))
+    assert result.limited_by == (
+        "memory: 10 B a sample, so batch 81 would take too much by the line through the probes"
+    )
+    assert json.loads(json.dumps(result.to_json()))["largest_safe"] == 80
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"limit_bytes": 0, "margin_bytes": 0}, "limit_bytes must be positive; got 0"),
+        ({"limit_bytes": 10, "margin_bytes": 10}, "below limit_bytes=10; got 10"),
+        ({"limit_bytes": 10, "margin_bytes": -1}, "at least 0 and below limit_bytes=10; got -1"),
+        ({"limit_bytes": 10, "margin_bytes": 1, "max_batch": 0}, "max_batch must be at least 1"),
+    ],
+)
+def test_impossible_budgets(budget: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(prober(line), **budget)
+
+
+def test_a_probe_that_fits_must_name_its_peak() -> None:
+    with pytest.raises(ValueError, match="got none for batch 1"):
+        search(lambda batch: Probe(batch, "fits"), limit_bytes=10, margin_bytes=0)
