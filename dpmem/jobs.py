@@ -99,6 +99,7 @@ def find_batch_size(
             reserved_bytes=record.peak_reserved_bytes,
             device_bytes=record.device_bytes,
             seconds=record.step_s,
+            peak_by_phase=record.peak_by_phase,
         )
 
     margin_bytes = int(budget_bytes * MARGIN_FRACTION)

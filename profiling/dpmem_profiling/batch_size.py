@@ -1,8 +1,10 @@
 """The largest batch that fits, from a handful of probes.
 
-A step's peak is close to a straight line in the batch size, so two small probes propose the answer
-and one confirms it. Where the line is wrong (the optimizer's step is the peak, an algorithm changes
-with the size) the search brackets: each further probe at least narrows what is possible.
+A step's peak is the highest of its phases' peaks, and each of those is close to a straight line in
+the batch size: small batches peak in the optimizer's step, large ones between forward and backward.
+So two small probes give a line for each phase, the lines propose the answer, and one probe confirms
+it. Where the lines are wrong (an algorithm changes with the size) or only the total is known, the
+search brackets: each further probe at least narrows what is possible.
 
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
 That the next one does not fit was either probed too, or inferred from a line that had predicted the
@@ -13,7 +15,8 @@ batch that failed is not looked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
@@ -78,6 +81,17 @@ def search(
     )
 
 
+class _Line(NamedTuple):
+    """A peak at some batch, and how it grows with each sample more."""
+
+    peak_bytes: int
+    slope: float
+
+    def at(self, more: int) -> float:
+        """The peak with `more` samples more."""
+        return self.peak_bytes + self.slope * more
+
+
 class _Search:
     """The probes so far, and how to choose the next."""
 
@@ -106,10 +120,12 @@ class _Search:
             best = max((batch for batch in self.peaks if batch < failure), default=None)
             if best is None or best + 1 == failure:
                 return best
-            slope = self._slope(best)
-            if slope > 0:
-                aim = best + int((target_bytes - self.peaks[best]) / slope)
-                overflow_bytes = self.peaks[best] + slope - target_bytes
+            lines = self._lines(best)
+            rising = [line for line in lines if line.slope > 0]
+            if rising:
+                room = min((target_bytes - line.peak_bytes) / line.slope for line in rising)
+                aim = best + int(room)
+                overflow_bytes = max(line.at(1) for line in rising) - target_bytes
                 if best in self._foreseen and overflow_bytes > self._foreseen[best]:
                     return best
             else:
@@ -120,8 +136,9 @@ class _Search:
             elif surprises >= 3:
                 aim = max(aim, best + 2**surprises)
             aim = min(max(aim, best + 1), failure - 1)
-            self._try(aim, self.peaks[best] + slope * (aim - best), slope)
-            surprises = 0 if aim in self._foreseen else surprises + (slope > 0)
+            highest = max(lines, key=lambda line: line.at(aim - best))
+            self._try(aim, highest.at(aim - best), highest.slope)
+            surprises = 0 if aim in self._foreseen else surprises + bool(rising)
 
     def lowest_failure(self, target_bytes: int) -> int | None:
         """The smallest probed batch that does not fit, None where all did."""
@@ -129,8 +146,9 @@ class _Search:
         return None if first > self.max_batch else first
 
     def bytes_per_sample(self) -> float:
-        """The slope of the peak between the smallest and the largest probes that ran."""
-        return self._slope(max(self.peaks)) if self.peaks else 0.0
+        """How the peak grows beyond the largest probe that ran."""
+        lines = self._lines(max(self.peaks)) if self.peaks else []
+        return max(lines, key=lambda line: line.at(1)).slope if lines else 0.0
 
     def _first_failure(self, target_bytes: int) -> int:
         failed = (
@@ -140,13 +158,29 @@ class _Search:
         )
         return min(failed, default=self.max_batch + 1)
 
-    def _slope(self, batch: int) -> float:
-        """Bytes per sample up to `batch`, from the nearest probe that is not almost the same."""
+    def _lines(self, batch: int) -> list[_Line]:
+        """One line for each phase of the step, through `batch` and a probe below it.
+
+        The one below is the nearest that is not almost the same.
+        """
+        here = self._phases(batch)
         below = [other for other in self.peaks if other < batch]
         if not below:
-            return 0.0
+            return [_Line(peak_bytes, 0.0) for peak_bytes in here.values()]
         base = max((other for other in below if other <= LOCAL * batch), default=min(below))
-        return (self.peaks[batch] - self.peaks[base]) / (batch - base)
+        there = self._phases(base)
+        return [
+            _Line(peak_bytes, (peak_bytes - there[name]) / (batch - base))
+            for name, peak_bytes in here.items()
+            if name in there
+        ]
+
+    def _phases(self, batch: int) -> Mapping[str, int]:
+        """The phases' peaks where the probe knows them, else the one peak there is."""
+        probe = self.probes[batch]
+        if probe.peak_by_phase and probe.reserved_bytes is None:
+            return probe.peak_by_phase
+        return {"": self.peaks[batch]}
 
     def _try(self, batch: int, predicted_bytes: float = 0.0, slope: float = 0.0) -> None:
         if batch in self.probes:

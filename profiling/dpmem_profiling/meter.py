@@ -144,6 +144,7 @@ def _measure(
         limit_bytes=limit_bytes,
         at_peak=at_peak,
         peak_by_category=replayed.peak_by_category,
+        peak_by_phase=replayed.peak_by_phase,
         persistent_bytes={name: size for name, size in persistent_bytes.items() if size},
         timeline=replayed.points,
         tensors_at_peak=_largest(replayed, tracker, attribution),

@@ -76,6 +76,7 @@ class MemoryRecord:
     limit_bytes           the limit in force during the step
     at_peak               bytes by category at the peak; they sum to peak_allocated_bytes
     peak_by_category      each category's own peak, at its own moment
+    peak_by_phase         each phase's own peak, all categories together; "outside" for the rest
     persistent_bytes      by category, between steps, with no batch alive
     timeline              the step, thinned; holds the peak and all phase edges
     tensors_at_peak       the largest tensors live at the peak, largest first
@@ -97,6 +98,7 @@ class MemoryRecord:
     limit_bytes: int | None
     at_peak: Mapping[Category, int]
     peak_by_category: Mapping[Category, int]
+    peak_by_phase: Mapping[str, int]
     persistent_bytes: Mapping[Category, int]
     timeline: tuple[TimelinePoint, ...]
     tensors_at_peak: tuple[TensorAtPeak, ...]
@@ -161,7 +163,8 @@ class Probe:
 
     `outcome`: "fits"; "oom", out of memory or over the limit; "retry", it ran but only after the
     allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
-    another reason. `seconds` is one training step.
+    another reason. `seconds` is one training step. `peak_by_phase` is as in a MemoryRecord, where
+    known: a step's peak is the highest of its phases', each of them close to a line in the batch.
     """
 
     batch: int
@@ -171,6 +174,7 @@ class Probe:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     seconds: float | None = None
+    peak_by_phase: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)

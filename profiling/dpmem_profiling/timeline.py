@@ -14,6 +14,8 @@ from dpmem_profiling.record import Category, TimelinePoint
 from dpmem_profiling.tracker import Change
 
 MAX_POINTS = 400
+# What of a step is in none of its phases.
+OUTSIDE = "outside"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Replay:
     peak_bytes: int
     at_peak: Mapping[Category, int]
     peak_by_category: Mapping[Category, int]
+    peak_by_phase: Mapping[str, int]
     live_at_peak: Mapping[int, int]
     points: tuple[TimelinePoint, ...]
 
@@ -52,6 +55,7 @@ def replay(
     for number, size_bytes in live_at_start.items():
         live[category_of(number)] += size_bytes
     own_peaks = Counter(live)
+    phase_peaks: dict[str, int] = {}
     points = []
     at_peak: Mapping[Category, int] = {}
     phase = None
@@ -64,6 +68,9 @@ def replay(
                 category = category_of(change.storage)
                 live[category] += change.delta_bytes
                 own_peaks[category] = max(own_peaks[category], live[category])
+        # At an edge, too: what a phase finds when it begins counts for it.
+        name = OUTSIDE if phase is None else phase
+        phase_peaks[name] = max(phase_peaks.get(name, 0), totals[event])
         if event in kept:
             points.append(TimelinePoint(event, time_s, phase, _held(live)))
         if event == peak_event:
@@ -72,6 +79,7 @@ def replay(
         peak_bytes=totals[peak_event],
         at_peak=at_peak,
         peak_by_category=_held(own_peaks),
+        peak_by_phase=phase_peaks,
         live_at_peak=_live_after(live_at_start, changes[:peak_event]),
         points=tuple(points),
     )

@@ -31,6 +31,7 @@ def make_record() -> Callable[..., MemoryRecord]:
             "limit_bytes": None,
             "at_peak": full,
             "peak_by_category": full,
+            "peak_by_phase": {"forward": sum(full.values()), "backward": sum(full.values())},
             "persistent_bytes": weights,
             "timeline": (
                 TimelinePoint(0, 0.0, None, weights),

@@ -58,6 +58,29 @@ def prober(peak: Callable[[int], int], oom_bytes: int | None = None) -> Callable
 CURVES = [line, optimizer_peak, steps, wide_steps, kink, concave, convex]
 
 
+def by_phase(batch: int) -> dict[str, int]:
+    """The optimizer's step is flat and highest where batches are small."""
+    return {"forward": 30_000 + 3_000 * batch, "backward": 9_000 + 3_217 * batch, "step": 400_000}
+
+
+@pytest.mark.parametrize("limit_bytes", [450_000, 1_000_000, 8_000_000])
+def test_phases_tell_the_line_that_small_batches_hide(limit_bytes: int) -> None:
+    def probe(batch: int) -> Probe:
+        phases = by_phase(batch)
+        return Probe(batch, "fits", allocated_bytes=max(phases.values()), peak_by_phase=phases)
+
+    def peak(batch: int) -> int:
+        return max(by_phase(batch).values())
+
+    result = search(probe, limit_bytes=limit_bytes, margin_bytes=limit_bytes // 50)
+    assert result.largest_fitting == exhaustive(peak, limit_bytes)
+    assert result.largest_safe == exhaustive(peak, limit_bytes - limit_bytes // 50)
+    assert len(result.probes) <= 4
+    blind = search(prober(peak), limit_bytes=limit_bytes, margin_bytes=limit_bytes // 50)
+    assert blind.largest_safe == result.largest_safe
+    assert len(blind.probes) > len(result.probes)
+
+
 @pytest.mark.parametrize("oom_bytes", [None, LIMIT_BYTES], ids=["measured", "oom above the limit"])
 @pytest.mark.parametrize("peak", CURVES)
 def test_agrees_with_exhaustive_search(peak: Callable[[int], int], oom_bytes: int | None) -> None:

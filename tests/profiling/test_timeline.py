@@ -37,11 +37,14 @@ def test_agrees_with_a_naive_replay(seed: int, count: int) -> None:
     start, changes = random_changes(seed, count)
     live, peak, peak_live = dict(start), sum(start.values()), dict(start)
     own_peaks = dict.fromkeys(KINDS, 0)
+    phase_peaks: dict[str, int] = {}
     for change in [None, *changes]:
         if change is not None and change.storage is not None:
             live[change.storage] = live.get(change.storage, 0) + change.delta_bytes
         if sum(live.values()) > peak:
             peak, peak_live = sum(live.values()), dict(live)
+        phase = (change.phase if change is not None else None) or "outside"
+        phase_peaks[phase] = max(phase_peaks.get(phase, 0), sum(live.values()))
         for name in KINDS:
             own = sum(size for number, size in live.items() if kind(number) == name)
             own_peaks[name] = max(own_peaks[name], own)
@@ -50,6 +53,7 @@ def test_agrees_with_a_naive_replay(seed: int, count: int) -> None:
     assert replayed.peak_bytes == peak == sum(replayed.at_peak.values())
     assert replayed.live_at_peak == {number: size for number, size in peak_live.items() if size}
     assert replayed.peak_by_category == {name: size for name, size in own_peaks.items() if size}
+    assert replayed.peak_by_phase == phase_peaks
     assert len(replayed.points) <= 400
     events = [point.event for point in replayed.points]
     assert events == sorted(set(events))
