@@ -84,8 +84,14 @@ def find_batch_size(
 
     def probe(batch: int) -> Probe:
         try:
+            # One step to make the optimizer's state and the buckets, one to record, one to time.
             record = measure(
-                job, batch, device=device, owned=owned_tensors, limit_bytes=budget_bytes
+                job,
+                batch,
+                device=device,
+                warmup_steps=1,
+                owned=owned_tensors,
+                limit_bytes=budget_bytes,
             )
         except MemoryLimitExceeded as error:
             # At least this much: the step was stopped as it crossed the limit.

@@ -114,13 +114,18 @@ class _Search:
         for small in SMALL_BATCHES:
             if small <= self.max_batch and small < self._first_failure(target_bytes):
                 self._try(small)
-        surprises = 0
+        surprises, measured = 0, False
         while True:
             failure = self._first_failure(target_bytes)
             best = max((batch for batch in self.peaks if batch < failure), default=None)
             if best is None or best + 1 == failure:
                 return best
-            lines = self._lines(best)
+            # Between a batch that fits and one that ran but is too large, both peaks are known.
+            # That is better ground than what went before: its surprises no longer count.
+            if failure in self.peaks and not measured:
+                surprises = 0
+            measured = failure in self.peaks
+            lines = self._chords(failure, best) if measured else self._lines(best)
             rising = [line for line in lines if line.slope > 0]
             if rising:
                 room = min((target_bytes - line.peak_bytes) / line.slope for line in rising)
@@ -130,7 +135,9 @@ class _Search:
                     return best
             else:
                 aim = GROWTH * best
-            refuted = failure <= self.max_batch and (aim >= failure or surprises >= 3)
+            refuted = failure <= self.max_batch and (
+                (aim >= failure and not measured) or surprises >= 3
+            )
             if refuted:
                 aim = (best + failure) // 2
             elif surprises >= 3:
@@ -163,15 +170,18 @@ class _Search:
 
         The one below is the nearest that is not almost the same.
         """
-        here = self._phases(batch)
         below = [other for other in self.peaks if other < batch]
         if not below:
-            return [_Line(peak_bytes, 0.0) for peak_bytes in here.values()]
+            return [_Line(peak_bytes, 0.0) for peak_bytes in self._phases(batch).values()]
         base = max((other for other in below if other <= LOCAL * batch), default=min(below))
-        there = self._phases(base)
+        return self._chords(base, batch)
+
+    def _chords(self, other: int, batch: int) -> list[_Line]:
+        """One line for each phase, through two probed batches, starting at `batch`."""
+        there = self._phases(other)
         return [
-            _Line(peak_bytes, (peak_bytes - there[name]) / (batch - base))
-            for name, peak_bytes in here.items()
+            _Line(peak_bytes, (peak_bytes - there[name]) / (batch - other))
+            for name, peak_bytes in self._phases(batch).items()
             if name in there
         ]
 

@@ -61,7 +61,6 @@ def test_find_batch_size(job_file: Path) -> None:
     assert found["limit_bytes"] == 8 << 20
     assert 1 < found["largest_safe"] <= found["largest_fitting"]
     assert found["peak_bytes"] <= found["limit_bytes"] - found["margin_bytes"]
-    assert len(found["probes"]) <= 4
     confirmed = [p for p in found["probes"] if p["batch"] == found["largest_safe"]]
     assert confirmed
     assert confirmed[0]["outcome"] == "fits"
