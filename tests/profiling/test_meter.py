@@ -70,7 +70,9 @@ CONVOLUTIONS = Job(convolutions, rows, mean_square, optimizer=adamw, name="convo
 def profiler_peak_bytes(job: Job, batch_size: int) -> int:
     """The peak of the third step by the CPU allocator's own events, in a run without a tracker."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True, acc_events=True
+    ) as profiler:
         built = build(job, CPU)
         for step in range(3):
             with torch.profiler.record_function(f"step {step}"):

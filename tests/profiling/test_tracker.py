@@ -84,7 +84,7 @@ def test_parts_of_subclasses_and_sparse_tensors_count() -> None:
         assert tracker.live_bytes == 4 * 40
         del two, double
         # Two int64 coordinates of one entry, and its value.
-        sparse = torch.sparse_coo_tensor([[1], [2]], [3.0], (4, 4), check_invariants=False)
+        sparse = torch.sparse_coo_tensor([[1], [2]], [3.0], (4, 4), check_invariants=True)
         tracker.see(sparse)
         assert tracker.live_bytes == 16 + 4
 
