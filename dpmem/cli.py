@@ -63,7 +63,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option(
-    "--budget", type=_Bytes(), default="256MiB", show_default=True, help="For the search."
+    "--budget", type=_Bytes(), default="192MiB", show_default=True, help="For the search."
 )
 @click.option(
     "--out",

@@ -44,7 +44,6 @@ BATCH_SIZE = 6
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
 ACTIVATIONS: Activations = "4bit"
-DEFAULT_BUDGET_BYTES = 256 << 20
 # The first steps compile, allocate and rebuild buckets: not timed.
 _UNTIMED_STEPS = 3
 # A rank that says nothing for this long is taken for dead.

@@ -78,13 +78,13 @@ def test_sizes_are_rounded_to_blocks() -> None:
 
 
 def test_parts_of_subclasses_and_sparse_tensors_count() -> None:
-    with make_tracker() as tracker:
+    with torch.sparse.check_sparse_tensor_invariants(True), make_tracker() as tracker:
         two = TwoTensor(torch.zeros(10), torch.zeros(10))
         double = two + two
         assert tracker.live_bytes == 4 * 40
         del two, double
         # Two int64 coordinates of one entry, and its value.
-        sparse = torch.sparse_coo_tensor([[1], [2]], [3.0], (4, 4), check_invariants=True)
+        sparse = torch.sparse_coo_tensor([[1], [2]], [3.0], (4, 4))
         tracker.see(sparse)
         assert tracker.live_bytes == 16 + 4
 
