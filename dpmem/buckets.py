@@ -37,6 +37,13 @@ class Bucket:
         """Bytes of the flat buffer."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """The padding, as (first, past the last) elements; empty where sizes divide evenly."""
+        starts = [slot.offset + slot.numel for slot in self.slots]
+        ends = [*(slot.offset for slot in self.slots[1:]), self.numel]
+        return tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end)
+
 
 @dataclass(frozen=True)
 class BucketPlan:

@@ -25,6 +25,8 @@ from dpmem_kernels import GradStats, bucket_pack, grad_stats
 # DistributedDataParallel's figures: small first bucket, so that the first collective starts early.
 FIRST_BUCKET_BYTES = 1 << 20
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass
 class _BucketState:
@@ -74,7 +76,8 @@ class LocalGradients:
 class Reducer:
     """Averages the gradients of `parameters` over `process_group` during backward.
 
-    Raises TypeError for complex parameters, which this version does not reduce.
+    Raises TypeError for parameters that are not float32, bfloat16 or float16: this version
+    reduces no others.
     """
 
     def __init__(
@@ -86,10 +89,10 @@ class Reducer:
         find_unused_parameters: bool,
     ) -> None:
         for name, parameter in parameters:
-            if parameter.is_complex():
+            if parameter.dtype not in _DTYPES:
                 raise TypeError(
-                    f"gradients must be real; parameter {name!r} is {parameter.dtype}; "
-                    "store it as a real tensor and use torch.view_as_complex in forward"
+                    "gradients that travel must be float32, bfloat16 or float16; parameter "
+                    f"{name!r} is {parameter.dtype}; convert it, or freeze it before wrapping"
                 )
         self._names = [name for name, _ in parameters]
         self._parameters = [parameter for _, parameter in parameters]
@@ -109,6 +112,9 @@ class Reducer:
             for bucket in self.plan.buckets
         ]
         self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.members}
+        self._offset_of = {
+            slot.parameter: slot.offset for bucket in self.plan.buckets for slot in bucket.slots
+        }
         self._armed = False
         self._reset()
         self._handles = [
@@ -201,17 +207,17 @@ class Reducer:
         present = [i for i in bucket.members if self._parameters[i].grad is not None]
         first = self._parameters[bucket.members[0]]
         if bucket.flat is None:
-            # Zeros, not empty: the padding travels too, and stats read the whole buffer.
-            bucket.flat = torch.zeros(bucket.plan.numel, dtype=first.dtype, device=first.device)
-        elif len(present) < len(bucket.members):
-            absent = [s for s in bucket.plan.slots if self._parameters[s.parameter].grad is None]
-            for slot in absent:
+            bucket.flat = torch.empty(bucket.plan.numel, dtype=first.dtype, device=first.device)
+            # The padding travels too, and stats read the whole buffer.
+            for start, end in bucket.plan.gaps:
+                bucket.flat[start:end].zero_()
+        for slot in bucket.plan.slots:
+            if self._parameters[slot.parameter].grad is None:
                 bucket.flat[slot.offset : slot.offset + slot.numel].zero_()
-        offset_of = {slot.parameter: slot.offset for slot in bucket.plan.slots}
         bucket_pack(
             [flatten_dense(dense_gradient(self._parameters[i]), self._strides[i]) for i in present],
             bucket.flat,
-            [offset_of[i] for i in present],
+            [self._offset_of[i] for i in present],
             scale=1.0 / self._world_size,
         )
         for i in present:
@@ -269,9 +275,8 @@ class Reducer:
 
     def _view(self, bucket: _BucketState, index: int) -> Tensor:
         assert bucket.flat is not None
-        slot = bucket.plan.slots[bucket.members.index(index)]
-        parameter = self._parameters[index]
-        return bucket.flat.as_strided(parameter.shape, self._strides[index], slot.offset)
+        shape = self._parameters[index].shape
+        return bucket.flat.as_strided(shape, self._strides[index], self._offset_of[index])
 
     def _is_exposed(self, bucket: _BucketState) -> bool:
         """True where every member's gradient is still the bucket's own view of it."""

@@ -112,7 +112,8 @@ class DataParallel(nn.Module):
 
     State dicts have the module's own keys, without `module.`; both forms load.
 
-    Raises ValueError for devices that are not the module's and for a module without gradients,
+    Raises ValueError for a module on several devices, for devices that are not the module's and
+    for a module without gradients, TypeError for parameters that several ranks cannot reduce,
     RuntimeError where ranks hold different models.
     """
 
@@ -133,6 +134,12 @@ class DataParallel(nn.Module):
             raise ValueError(
                 "DataParallel averages gradients, so the module must have a parameter that "
                 "requires one; received none; use the module as it is"
+            )
+        devices = sorted({str(parameter.device) for _, parameter in named})
+        if len(devices) > 1:
+            raise ValueError(
+                f"a wrapped module must live on one device; received {', '.join(devices)}; "
+                "move it to one of them"
             )
         self.module = module
         self._device = named[0][1].device

@@ -224,6 +224,10 @@ def different_models(rank: int) -> None:
     dpmem.DataParallel(nn.Linear(4, 4 + rank))
 
 
+def double_precision(rank: int) -> None:
+    dpmem.DataParallel(nn.Linear(2, 2).double())
+
+
 def initial_state_is_rank_zeros(rank: int) -> tuple[float, float]:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with torch.no_grad():

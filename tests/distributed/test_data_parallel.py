@@ -66,6 +66,12 @@ def test_different_models_are_refused(ranks: Pool) -> None:
         assert "rank 0 and rank 1 differ: ('weight', (4, 4)" in str(error)
 
 
+def test_dtypes_that_cannot_travel_are_refused(ranks: Pool) -> None:
+    for error in ranks(2).errors("double_precision"):
+        assert isinstance(error, TypeError)
+        assert "parameter 'weight' is torch.float64" in str(error)
+
+
 def test_parameters_and_buffers_come_from_rank_zero(ranks: Pool) -> None:
     for weight, mean in ranks(2).run("initial_state_is_rank_zeros"):
         assert weight == 1.0

@@ -39,6 +39,9 @@ def test_plan_is_a_partition(
             assert slot.offset * bucket.dtype.itemsize % SLOT_ALIGNMENT_BYTES == 0
             end = slot.offset + slot.numel
         assert end <= bucket.numel
+        covered = [i for first, past in bucket.gaps for i in range(first, past)]
+        used = [i for s in bucket.slots for i in range(s.offset, s.offset + s.numel)]
+        assert sorted(covered + used) == list(range(bucket.numel))
         assert (
             bucket.numel * bucket.dtype.itemsize
             < end * bucket.dtype.itemsize + SLOT_ALIGNMENT_BYTES

@@ -191,6 +191,12 @@ def test_wrong_devices_are_refused(options: dict[str, object], message: str) -> 
         dpmem.DataParallel(nn.Linear(2, 2), **options)
 
 
+def test_several_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="must live on one device; received cpu, meta"):
+        dpmem.DataParallel(model)
+
+
 def test_unknown_ddp_arguments_are_not_ignored() -> None:
     with pytest.raises(TypeError, match="static_graph"):
         dpmem.DataParallel(nn.Linear(2, 2), static_graph=True)
