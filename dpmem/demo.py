@@ -194,12 +194,12 @@ def _facts(
         ("Data", "source text of Python's standard library, a shard a rank"),
         ("Ranks", f"{WORLD_SIZE} ({measured['backend']}), {BATCH_SIZE} windows of 256 bytes each"),
         ("Precision", f"{measured['precision']}: {measured['precision_reason']}"),
-        ("Loss, first -> last of 20 steps, DDP", f"{ddp.losses[0]:.4f} -> {ddp.losses[-1]:.4f}"),
-        ("The same, dpmem 4-bit", f"{ours.losses[0]:.4f} -> {ours.losses[-1]:.4f}"),
+        (f"Loss over {STEPS} steps, DDP", f"{ddp.losses[0]:.4f} -> {ddp.losses[-1]:.4f}"),
+        (f"Loss over {STEPS} steps, dpmem 4-bit", f"{ours.losses[0]:.4f} -> {ours.losses[-1]:.4f}"),
         ("Step time, DDP", f"{ddp.step_s:.3f} s"),
         ("Step time, dpmem", f"{ours.step_s:.3f} s ({measured['step_ratio']:.2f}x, paired)"),
         (f"Largest safe batch in {budget}, plain", _batch_words(plain_batch)),
-        ("The same, dpmem 4-bit", _batch_words(dpmem_batch)),
+        (f"Largest safe batch in {budget}, dpmem 4-bit", _batch_words(dpmem_batch)),
     ]
 
 
