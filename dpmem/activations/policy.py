@@ -5,7 +5,7 @@ Stochastic rounding leaves a gradient unbiased only where the saved tensor enter
 inputs of matrix products, convolutions, normalisations (their statistics kept exact) and
 elementwise products. Inputs of nonlinear functions are kept at 8 bits, where the bias measured
 stays at the noise floor. A function that is not in the table keeps what it saves exact: division,
-exp, log-softmax and their kind amplify errors, and what is unknown is not guessed at.
+powers, exp, log-softmax and their kind amplify errors, and what is unknown is not guessed at.
 
 Source: the linear-use condition is ActNN's and GACT's (arXiv 2104.14129, 2206.11357).
 """
@@ -47,8 +47,6 @@ ROLE_OF_FUNCTION: dict[str, Role] = {
     "tanh": "nonlinear_input",
     "sigmoid": "nonlinear_input",
     "softmax": "nonlinear_input",
-    "pow": "nonlinear_input",
-    "__pow__": "nonlinear_input",
     "scaled_dot_product_attention": "attention",
     # Backward asks only where the output is positive.
     "relu": "sign",
@@ -98,7 +96,9 @@ class Policy:
         """The role of `tensor`, saved while `function(first_argument, …)` runs."""
         role = ROLE_OF_FUNCTION.get(function, "exact") if function is not None else "exact"
         if role == "attention":
-            return "nonlinear_input" if tensor.dim() == _ATTENTION_DIMENSIONS else "exact"
+            # A mask of 0 and -inf is saved too, and needs no gradient.
+            differentiable = tensor.requires_grad and tensor.dim() == _ATTENTION_DIMENSIONS
+            return "nonlinear_input" if differentiable else "exact"
         if function in _SAVES_STATISTICS and not (
             isinstance(first_argument, Tensor) and tensor.shape == first_argument.shape
         ):

@@ -212,6 +212,41 @@ def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("boolean", [True, False])
+def test_attention_masks_stay_exact(boolean: bool) -> None:
+    """The CPU's attention saves a mask of 0 and -inf as floats: compressed, it would be NaN."""
+    torch.manual_seed(0)
+    mask = torch.ones(64, 64, dtype=torch.bool).tril().expand(2, 1, 64, 64)
+    if not boolean:
+        mask = torch.zeros(2, 1, 64, 64).masked_fill(~mask, -torch.inf)
+    x = torch.randn(3, 2, 4, 64, 32, requires_grad=True)
+
+    def attend() -> Tensor:
+        query, key, value = (x * 1.0).unbind(0)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    (exact,) = torch.autograd.grad(attend().square().sum(), x)
+    store = store_for(nn.Linear(1, 1))
+    with store:
+        y = attend()
+    assert stored_bytes(store) > 0
+    (restored,) = torch.autograd.grad(y.square().sum(), x)
+    # 8 bits: a few parts in a thousand, far from what a lost mask would do.
+    assert float((restored - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.5, 3])
+def test_powers_stay_exact(exponent: float) -> None:
+    """A negative power of a value rounded to zero would be infinite."""
+    torch.manual_seed(0)
+    x = torch.rand(4096).add(1e-4).requires_grad_()
+    (exact,) = torch.autograd.grad((x**exponent).sum(), x)
+    with store_for(nn.Linear(1, 1)):
+        y = x**exponent + torch.pow(x * 1.0, exponent)
+    (restored,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(restored, 2 * exact)
+
+
 def test_more_bits_are_stored_where_a_later_use_needs_them() -> None:
     """A tensor kept at 4 bits for a product is kept at 8 for the nonlinear function after it."""
     torch.manual_seed(0)
