@@ -82,12 +82,14 @@ def _pair(kind: str, **options: Any) -> tuple[DistributedDataParallel, dpmem.Dat
     return theirs, dpmem.DataParallel(model, find_unused_parameters=unused, **options)
 
 
-def gradient_parity(rank: int, kind: str, bucket_cap_mb: float, steps: int = 3) -> list[str]:
+def gradient_parity(
+    rank: int, kind: str, bucket_cap_mb: float, set_to_none: bool = True
+) -> list[str]:
     """Names of gradients that are not bit-equal to DDP's, over some SGD steps."""
     theirs, ours = _pair(kind, bucket_cap_mb=bucket_cap_mb)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (theirs, ours)]
     different = []
-    for step in range(steps):
+    for step in range(3):
         for model in (theirs, ours):
             _loss(kind, model, rank, step).backward()
         expected, received = _gradients(theirs), _gradients(ours)
@@ -100,7 +102,7 @@ def gradient_parity(rank: int, kind: str, bucket_cap_mb: float, steps: int = 3) 
                 different.append(f"step {step}: {name}")
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none)
     return different
 
 

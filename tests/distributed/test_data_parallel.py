@@ -17,6 +17,13 @@ def test_gradients_bit_equal_to_ddp(ranks: Pool, kind: str, bucket_cap_mb: float
     assert results == [[], []]
 
 
+@pytest.mark.parametrize("kind", ["conv", "gpt"])
+def test_gradients_kept_and_zeroed_stay_bit_equal(ranks: Pool, kind: str) -> None:
+    """The next backward accumulates into the bucket itself, which is then packed in place."""
+    results = ranks(2).run("gradient_parity", kind=kind, bucket_cap_mb=0.002, set_to_none=False)
+    assert results == [[], []]
+
+
 @pytest.mark.parametrize(("max_norm", "expect_clipped"), [(0.5, True), (1e6, False)])
 def test_clipping_matches_clip_grad_norm(
     ranks: Pool, max_norm: float, expect_clipped: bool
