@@ -11,12 +11,14 @@ memory belongs to the gradients that are views of it: once they are set to None 
 the next forward, so activations never share the peak with gradients nobody reads.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dpmem.buckets import Bucket, BucketPlan
 from dpmem.layout import dense_gradient, dense_strides, flatten_dense, writable_gradient
@@ -73,6 +75,20 @@ class LocalGradients:
         return [grad_stats(gradients)] if gradients else []
 
 
+def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], None]:
+    def on_gradient(_: Tensor) -> None:
+        alive = reducer()
+        if alive is not None:
+            alive._on_gradient(index)
+
+    return on_gradient
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class Reducer:
     """Averages the gradients of `parameters` over `process_group` during backward.
 
@@ -117,10 +133,12 @@ class Reducer:
         }
         self._armed = False
         self._reset()
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._make_hook(index))
+        # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
+        handles = [
+            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
             for index, parameter in enumerate(self._parameters)
         ]
+        weakref.finalize(self, _remove, handles)
 
     def prepare(self, *, synchronize: bool) -> None:
         """Before a forward that will be differentiated: shall its backward average gradients?
@@ -176,13 +194,10 @@ class Reducer:
         self._arrived = [False] * len(self._parameters)
         for bucket in self._buckets:
             bucket.waiting = len(bucket.members)
-            bucket.work = None
-
-    def _make_hook(self, index: int):  # type: ignore[no-untyped-def]
-        def on_gradient(_: Tensor) -> None:
-            self._on_gradient(index)
-
-        return on_gradient
+            if bucket.work is not None:
+                # A backward that raised left it in flight; it writes into the bucket until then.
+                bucket.work.wait()
+                bucket.work = None
 
     def _on_gradient(self, index: int) -> None:
         if not self._armed:
@@ -249,6 +264,7 @@ class Reducer:
         for bucket in self._buckets:
             assert bucket.work is not None
             bucket.work.wait()
+            bucket.work = None
             if self.collect_stats:
                 self._take_stats(bucket)
         if self._find_unused:

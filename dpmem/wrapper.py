@@ -193,7 +193,7 @@ class DataParallel(nn.Module):
             self._store = ActivationStore(self.module, config.policy, seed=seed, rank=self._rank)
         if config.max_grad_norm is not None:
             assert optimizer is not None
-            parameters = [parameter for _, parameter in self._named]
+            parameters = list(self.module.parameters())
             self._clip = GradientClip(optimizer, self._gradients, parameters, config.max_grad_norm)
             if isinstance(self._gradients, Reducer):
                 self._gradients.collect_stats = True
@@ -204,7 +204,7 @@ class DataParallel(nn.Module):
         saving: ActivationStore | None = None
         if torch.is_grad_enabled():
             self._gradients.prepare(synchronize=self._synchronize)
-            if self._broadcast and self._synchronize and self.training:
+            if self._broadcast and self._synchronize:
                 self._broadcast_from_first(tuple(self.module.buffers()))
             saving = self._store
         with autocast(self._config.precision, self._device), saving or nullcontext():

@@ -200,10 +200,11 @@ def every_backward_is_averaged(rank: int, between: str) -> bool:
 
 
 def unused_without_asking(rank: int) -> None:
-    _loss("tied", dpmem.DataParallel(_make("tied")), 0, 0).backward()
+    wrapped = dpmem.DataParallel(_make("tied"))
+    _loss("tied", wrapped, 0, 0).backward()
 
 
-def recovers_after_exception(rank: int) -> list[str]:
+def recovers_after_exception(rank: int, set_to_none: bool) -> list[str]:
     """A backward that raises midway leaves nothing behind that spoils the next step."""
     theirs, ours = _pair("gpt", bucket_cap_mb=0.01)
 
@@ -215,10 +216,24 @@ def recovers_after_exception(rank: int) -> list[str]:
         _loss("gpt", ours, rank, 0).backward()
     except ArithmeticError:
         handle.remove()
-    ours.zero_grad()
+    ours.zero_grad(set_to_none)
     for model in (theirs, ours):
         _loss("gpt", model, rank, 1).backward()
     expected, received = _gradients(theirs), _gradients(ours)
+    return [name for name in expected if not torch.equal(expected[name], received[name])]
+
+
+def wrapped_again(rank: int) -> list[str]:
+    """Wrap, train, drop the wrapper, wrap again: the first must be gone."""
+    theirs, ours = _pair("gpt")
+    model = ours.module
+    _loss("gpt", ours, rank, 0).backward()
+    ours.zero_grad()
+    del ours
+    again = dpmem.DataParallel(model)
+    for wrapped in (theirs, again):
+        _loss("gpt", wrapped, rank, 1).backward()
+    expected, received = _gradients(theirs), _gradients(again)
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 

@@ -63,8 +63,13 @@ def test_unused_parameters_are_named(ranks: Pool) -> None:
         assert "find_unused_parameters=True" in str(error)
 
 
-def test_recovers_after_an_exception_in_backward(ranks: Pool) -> None:
-    assert ranks(2).run("recovers_after_exception") == [[], []]
+@pytest.mark.parametrize("set_to_none", [True])
+def test_recovers_after_an_exception_in_backward(ranks: Pool, set_to_none: bool) -> None:
+    assert ranks(2).run("recovers_after_exception", set_to_none=set_to_none) == [[], []]
+
+
+def test_a_model_can_be_wrapped_again(ranks: Pool) -> None:
+    assert ranks(2).run("wrapped_again") == [[], []]
 
 
 def test_different_models_are_refused(ranks: Pool) -> None:
