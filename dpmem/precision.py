@@ -1,5 +1,6 @@
 """Autocast around forward, and the global-norm clip that rides with the optimizer's step."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,12 @@ from dpmem_kernels import grad_scale_
 
 # torch.nn.utils.clip_grad_norm_ adds the same, so that both clip to the same coefficient.
 _NORM_EPSILON = 1e-6
+
+# What the statistics kernels read; complex64 as pairs of float32.
+_CLIPPABLE = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+# Which optimizers clip at their step, and for whom.
+_CLIPS: "weakref.WeakKeyDictionary[torch.optim.Optimizer, _Hook]" = weakref.WeakKeyDictionary()
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
@@ -36,6 +43,39 @@ def upcast_outputs(outputs: Any) -> Any:
     return tree_map_only(Tensor, upcast, outputs)
 
 
+def check_clippable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Can `optimizer`'s step clip the gradients of `model`?
+
+    Raises ValueError where it holds other parameters, or clips for another wrapper already,
+    TypeError for parameters whose gradients the kernels cannot read.
+    """
+    wrapped = set(map(id, model.parameters()))
+    strangers = sum(
+        id(parameter) not in wrapped
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    if strangers:
+        raise ValueError(
+            "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
+            f"hold only its parameters; {strangers} belong to no part of the model; give them "
+            "an optimizer of their own"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in _CLIPPABLE:
+            raise TypeError(
+                "gradients that are clipped must be float32, bfloat16, float16 or complex64; "
+                f"parameter {name!r} is {parameter.dtype}; convert it, or use "
+                "torch.nn.utils.clip_grad_norm_ yourself"
+            )
+    hook = _CLIPS.get(optimizer)
+    if hook is not None and hook.clip() is not None:
+        raise ValueError(
+            "an optimizer's step clips once; this one does so for another wrapped model; delete "
+            "that wrapper first, or make a new optimizer"
+        )
+
+
 class GradientClip:
     """Clips the global 2-norm of all gradients just before `optimizer` steps.
 
@@ -51,32 +91,17 @@ class GradientClip:
         self,
         optimizer: torch.optim.Optimizer,
         gradients: LocalGradients | Reducer,
-        parameters: list[nn.Parameter],
         max_norm: float,
     ) -> None:
         self._gradients = gradients
         self._max_norm = max_norm
         self.norm: Tensor | None = None
-        wrapped = set(map(id, parameters))
-        strangers = sum(
-            id(parameter) not in wrapped
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
-        if strangers:
-            raise ValueError(
-                "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
-                f"hold only its parameters; {strangers} belong to no part of the model; give them "
-                "an optimizer of their own"
-            )
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        if optimizer in _CLIPS:
+            _CLIPS[optimizer].handle.remove()
+        _CLIPS[optimizer] = _Hook(self, optimizer)
 
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]
-    ) -> None:
-        closure: Callable[[], float] | None = kwargs.get("closure") or (
-            args[1] if len(args) > 1 else None
-        )
+    def before_step(self, closure: Callable[[], float] | None) -> None:
+        """Clip. Raises RuntimeError where a closure would compute the gradients afterwards."""
         if closure is not None:
             raise RuntimeError(
                 "max_grad_norm clips before the step, and a closure would compute the gradients "
@@ -92,3 +117,22 @@ class GradientClip:
             coefficient = (self._max_norm / (norm + _NORM_EPSILON)).clamp(max=1.0)
             grad_scale_(self._gradients.gradients(), coefficient)
             self.norm = norm
+
+
+class _Hook:
+    """An optimizer's step pre-hook: the optimizer may outlive the wrapper, and does not keep it."""
+
+    def __init__(self, clip: GradientClip, optimizer: torch.optim.Optimizer) -> None:
+        self.clip = weakref.ref(clip)
+        self.handle = optimizer.register_step_pre_hook(self)
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        clip = self.clip()
+        if clip is None:
+            raise RuntimeError(
+                "this optimizer's step was to clip the gradients of a wrapped model, which is "
+                "gone; train through the model that wrap returned, or wrap again"
+            )
+        clip.before_step(kwargs.get("closure") or (args[1] if len(args) > 1 else None))

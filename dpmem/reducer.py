@@ -2,9 +2,12 @@
 
 autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket; when the
 bucket is full, and every bucket before it has been launched, one kernel packs it (times
-1/world_size), the gradients are re-exposed as views of the bucket and an asynchronous all-reduce
-starts. At the end of backward the collectives are awaited and, where somebody clips, each bucket
-is read once for its sum of squares and its finite flag.
+1/world_size), its gradients leave `parameter.grad` and an asynchronous all-reduce starts. At the
+end of backward the collectives are awaited, the gradients come back as views of the buckets and,
+where somebody clips, each bucket is read once for its sum of squares and its finite flag.
+
+A gradient that travels is nobody's `.grad`: what is zeroed or read after a backward that raised is
+never memory that a collective still writes.
 
 Buckets are launched in one fixed order on every rank, so collectives always match. A bucket's
 memory belongs to the gradients that are views of it: once they are set to None it is released at
@@ -28,6 +31,7 @@ from dpmem_kernels import GradStats, bucket_pack, grad_stats
 FIRST_BUCKET_BYTES = 1 << 20
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_BACKWARD = -1
 
 
 @dataclass
@@ -43,6 +47,8 @@ class _BucketState:
     # later write to a gradient shows.
     stats_version: int = -1
     members: list[int] = field(default_factory=list)
+    # The members that had a gradient when it was launched.
+    present: list[int] = field(default_factory=list)
 
 
 class LocalGradients:
@@ -53,6 +59,9 @@ class LocalGradients:
 
     def prepare(self, *, synchronize: bool) -> None:
         """Nothing to prepare."""
+
+    def follow(self, outputs: list[Tensor]) -> None:
+        """Nothing to follow."""
 
     def release(self) -> None:
         """Nothing to release."""
@@ -82,6 +91,11 @@ def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], Non
             alive._on_gradient(index)
 
     return on_gradient
+
+
+def _running_backward() -> int:
+    """Autograd's number for the backward that runs on this thread; -1 where none does."""
+    return torch._C._current_graph_task_id()
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -132,21 +146,35 @@ class Reducer:
             slot.parameter: slot.offset for bucket in self.plan.buckets for slot in bucket.slots
         }
         self._armed = False
+        self._synchronize = False
+        self._backward_id = _NO_BACKWARD
         self._reset()
         # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
         handles = [
             parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
             for index, parameter in enumerate(self._parameters)
         ]
-        weakref.finalize(self, _remove, handles)
+        weakref.finalize(self, _remove, handles).atexit = False
 
     def prepare(self, *, synchronize: bool) -> None:
         """Before a forward that will be differentiated: shall its backward average gradients?
 
         Also forgets what a backward that raised left behind.
         """
-        self._armed = synchronize
-        self._reset()
+        self._synchronize = synchronize
+        if _running_backward() == _NO_BACKWARD:
+            self._armed = synchronize
+            self._reset()
+
+    def follow(self, outputs: list[Tensor]) -> None:
+        """Average the backward that reaches these outputs of a synchronized forward.
+
+        Whatever ran since: a forward under no_sync, or the end of the wrapper itself. Backwards
+        that reach none of them (a loss the module keeps as an attribute) go by the last forward.
+        """
+        for output in outputs:
+            if output.grad_fn is not None:
+                output.register_hook(self._begin)
 
     def release(self) -> None:
         """Let go of buckets whose gradients have all been set to None."""
@@ -188,14 +216,33 @@ class Reducer:
                 result.append(grad_stats(gradients))
         return result
 
+    def retire(self) -> None:
+        """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
+        self._synchronize = self._armed = False
+
+    def _begin(self, _: Tensor) -> None:
+        """A backward has reached an output of a synchronized forward."""
+        running = _running_backward()
+        if running == self._backward_id:
+            return
+        self._reset()
+        self._backward_id = running
+        self._armed = True
+        self._queue_finish()
+
+    def _queue_finish(self) -> None:
+        self._finish_queued = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
     def _reset(self) -> None:
         self._finish_queued = False
+        self._backward_id = _NO_BACKWARD
         self._next = 0
         self._arrived = [False] * len(self._parameters)
         for bucket in self._buckets:
             bucket.waiting = len(bucket.members)
             if bucket.work is not None:
-                # A backward that raised left it in flight; it writes into the bucket until then.
+                # A backward that raised left it in flight.
                 bucket.work.wait()
                 bucket.work = None
 
@@ -209,8 +256,7 @@ class Reducer:
                 "reentrant checkpoints; use checkpoint(..., use_reentrant=False)"
             )
         if not self._finish_queued:
-            self._finish_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            self._queue_finish()
         self._arrived[index] = True
         self._bucket_of[index].waiting -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
@@ -220,6 +266,7 @@ class Reducer:
     def _launch(self, bucket: _BucketState) -> None:
         """Pack one bucket and start its all-reduce; absent gradients count as zeros."""
         present = [i for i in bucket.members if self._parameters[i].grad is not None]
+        bucket.present = present
         first = self._parameters[bucket.members[0]]
         if bucket.flat is None:
             bucket.flat = torch.empty(bucket.plan.numel, dtype=first.dtype, device=first.device)
@@ -236,28 +283,21 @@ class Reducer:
             scale=1.0 / self._world_size,
         )
         for i in present:
-            self._parameters[i].grad = self._view(bucket, i)
+            self._parameters[i].grad = None
         bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
 
     def _finish(self) -> None:
-        """End of backward: launch what is left, await everything, take the stats.
+        """End of backward: launch what is left, await everything, give the gradients back.
 
-        Stays armed: a second backward through the same forward is averaged too.
+        What the last forward asked for then holds again, so that a second backward through the
+        same forward is averaged too.
         """
         missing = [
             i
             for i, arrived in enumerate(self._arrived)
             if not arrived and self._parameters[i].grad is None
         ]
-        if missing and not self._find_unused:
-            self._reset()
-            names = ", ".join(repr(self._names[i]) for i in missing[:8])
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise RuntimeError(
-                "every parameter that requires a gradient must receive one in each synchronized "
-                f"backward; {len(missing)} received none: {names}{more}; freeze them before "
-                "wrapping, use them in the loss, or pass find_unused_parameters=True"
-            )
+        # Whatever is missing here: the other ranks wait in these collectives.
         while self._next < len(self._buckets):
             self._launch(self._buckets[self._next])
             self._next += 1
@@ -265,11 +305,23 @@ class Reducer:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.work = None
+        self._armed = self._synchronize
+        self._reset()
+        if missing and not self._find_unused:
+            names = ", ".join(repr(self._names[i]) for i in missing[:8])
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise RuntimeError(
+                "every parameter that requires a gradient must receive one in each synchronized "
+                f"backward; {len(missing)} received none: {names}{more}; freeze them before "
+                "wrapping, use them in the loss, or pass find_unused_parameters=True"
+            )
+        for bucket in self._buckets:
+            for i in bucket.present:
+                self._parameters[i].grad = self._view(bucket, i)
             if self.collect_stats:
                 self._take_stats(bucket)
         if self._find_unused:
             self._expose_remote(missing)
-        self._reset()
 
     def _expose_remote(self, missing: list[int]) -> None:
         """Give parameters unused here, but used on another rank, the gradient of that rank."""

@@ -1,6 +1,7 @@
 """`wrap`, and DataParallel: the module that users hold."""
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dpmem.activations.policy import Policy
 from dpmem.activations.store import ActivationStore
 from dpmem.config import Activations, Offload, Precision, Shard, WrapConfig
-from dpmem.precision import GradientClip, autocast, upcast_outputs
+from dpmem.precision import GradientClip, autocast, check_clippable, upcast_outputs
 from dpmem.reducer import LocalGradients, Reducer
 from dpmem_profiling import Category
 
@@ -46,8 +48,9 @@ def wrap(
 
     Returns the wrapped model and the same optimizer, hooked.
 
-    Raises ValueError for unknown or contradictory options, NotImplementedError for values this
-    version does not have, RuntimeError where ranks hold different models.
+    Raises ValueError for unknown or contradictory options, TypeError for parameters that cannot be
+    clipped or averaged, NotImplementedError for values this version does not have, RuntimeError
+    where ranks hold different models.
 
     Example:
         model, optimizer = dpmem.wrap(model, optimizer, activations="4bit", max_grad_norm=1.0)
@@ -63,6 +66,8 @@ def wrap(
             "max_grad_norm is applied at the optimizer's step, so wrap needs the optimizer; "
             "received none; call wrap(model, optimizer, max_grad_norm=...)"
         )
+    if optimizer is not None and config.max_grad_norm is not None:
+        check_clippable(optimizer, model)
     if process_group is None:
         _initialise_from_torchrun(model)
     wrapped = DataParallel(model, process_group=process_group)
@@ -94,27 +99,39 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
 
 
 class DataParallel(nn.Module):
-    """Data parallelism over a process group; stands where DistributedDataParallel stood.
+    """Data parallelism over a process group, with DistributedDataParallel's constructor.
 
     module                       the model; its attributes stay reachable as `.module`
     device_ids, output_device    at most one device, the module's own: accepted for compatibility
-    broadcast_buffers            rank 0's buffers reach all ranks at each synchronized forward
+    dim                          0: the outputs of one device are not gathered
+    broadcast_buffers            rank 0's buffers reach all ranks at each synchronized forward that
+                                 is differentiated, in training and in evaluation mode
     init_sync                    parameters and buffers are broadcast from rank 0 now
     process_group                default: the default group; world size 1 where there is none
     bucket_cap_mb                MiB of a bucket (25)
     find_unused_parameters       parameters that took no part in a backward count as zeros;
-                                 without it they raise an error that names them
+                                 without it, several ranks raise an error that names them
+    check_reduction              no effect, there as here
+    gradient_as_bucket_view      True: gradients are always views of the buckets
+    static_graph                 False: this version has no such mode
 
-    Gradients are averaged, exposed as views of the buckets (`gradient_as_bucket_view=True` is the
-    only behaviour), and their memory is released at the first forward after they are set to None.
-    Whoever holds on to a `.grad` sees it overwritten by the next backward. Writing to a gradient
-    through `.data` is not seen by clipping; write to `.grad` itself.
+    Gradients are averaged, exposed as views of the buckets when the backward ends, and their
+    memory is released at the first forward after they are set to None. Whoever holds on to a
+    `.grad` sees it overwritten by the next backward. Writing to a gradient through `.data` is not
+    seen by clipping; write to `.grad` itself.
+
+    A backward is averaged when it reaches the outputs of a forward outside `no_sync`; one that
+    reaches no output that torch's pytree sees goes by the last forward. A backward that raised
+    leaves no gradient where one was travelling: set gradients to zero or None, and go on.
 
     State dicts have the module's own keys, without `module.`; both forms load.
 
-    Raises ValueError for a module on several devices, for devices that are not the module's and
-    for a module without gradients, TypeError for parameters that several ranks cannot reduce,
-    RuntimeError where ranks hold different models.
+    Not there in this version, unlike in DistributedDataParallel: `join`, `register_comm_hook`.
+
+    Raises ValueError for a module on several devices, for devices that are not the module's, for
+    a module without gradients and for arguments with a value other than those above, TypeError for
+    parameters that several ranks cannot reduce, RuntimeError where ranks hold different models
+    and, at a forward, where a parameter was unfrozen since.
     """
 
     def __init__(
@@ -122,13 +139,25 @@ class DataParallel(nn.Module):
         module: nn.Module,
         device_ids: Sequence[int | torch.device] | None = None,
         output_device: int | torch.device | None = None,
+        dim: int = 0,
         broadcast_buffers: bool = True,
         init_sync: bool = True,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float | None = None,
         find_unused_parameters: bool = False,
+        check_reduction: bool = False,
+        gradient_as_bucket_view: bool = True,
+        static_graph: bool = False,
     ) -> None:
         super().__init__()
+        _refuse("dim", dim, 0, "one process drives one device, so nothing is gathered")
+        _refuse(
+            "gradient_as_bucket_view",
+            gradient_as_bucket_view,
+            True,
+            "gradients of their own would take the memory that dpmem is there to save",
+        )
+        _refuse("static_graph", static_graph, False, "this version learns nothing from a graph")
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError(
@@ -157,6 +186,7 @@ class DataParallel(nn.Module):
         self._rank = 0 if self._group is None else dist.get_rank(self._group)
         self._synchronize = True
         self._named = named
+        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         self._config = WrapConfig()
         self._store: ActivationStore | None = None
         self._clip: GradientClip | None = None
@@ -174,6 +204,7 @@ class DataParallel(nn.Module):
                 bucket_capacity_bytes=int((bucket_cap_mb or _BUCKET_CAPACITY_MIB) * 2**20),
                 find_unused_parameters=find_unused_parameters,
             )
+            weakref.finalize(self, self._gradients.retire).atexit = False
         self.register_state_dict_post_hook(_drop_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
 
@@ -193,8 +224,7 @@ class DataParallel(nn.Module):
             self._store = ActivationStore(self.module, config.policy, seed=seed, rank=self._rank)
         if config.max_grad_norm is not None:
             assert optimizer is not None
-            parameters = list(self.module.parameters())
-            self._clip = GradientClip(optimizer, self._gradients, parameters, config.max_grad_norm)
+            self._clip = GradientClip(optimizer, self._gradients, config.max_grad_norm)
             if isinstance(self._gradients, Reducer):
                 self._gradients.collect_stats = True
 
@@ -203,13 +233,18 @@ class DataParallel(nn.Module):
         self._gradients.release()
         saving: ActivationStore | None = None
         if torch.is_grad_enabled():
+            self._check_still_frozen()
             self._gradients.prepare(synchronize=self._synchronize)
             if self._broadcast and self._synchronize:
                 self._broadcast_from_first(tuple(self.module.buffers()))
             saving = self._store
         with autocast(self._config.precision, self._device), saving or nullcontext():
             outputs = self.module(*args, **kwargs)
-        return upcast_outputs(outputs) if self._config.precision == "bf16" else outputs
+        if self._config.precision == "bf16":
+            outputs = upcast_outputs(outputs)
+        if self._synchronize and torch.is_grad_enabled():
+            self._gradients.follow([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+        return outputs
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -225,6 +260,14 @@ class DataParallel(nn.Module):
         """The memory dpmem itself holds now, by category: buckets and compressed activations."""
         compressed = [] if self._store is None else self._store.compressed_tensors()
         return {"bucket": self._gradients.bucket_tensors(), "compressed": compressed}
+
+    def _check_still_frozen(self) -> None:
+        unfrozen = next((name for name, p in self._frozen if p.requires_grad), None)
+        if unfrozen is not None:
+            raise RuntimeError(
+                "parameters that are to be averaged and clipped must require a gradient when the "
+                f"model is wrapped; {unfrozen!r} was unfrozen since; wrap the model again"
+            )
 
     def _check_device(self, device: int | torch.device) -> None:
         wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
@@ -263,6 +306,11 @@ class DataParallel(nn.Module):
                 work.wait()
 
 
+def _refuse(option: str, value: object, only: object, why: str) -> None:
+    if value != only:
+        raise ValueError(f"{option} must be {only!r}: {why}; received {value!r}; leave it out")
+
+
 def _initialise_from_torchrun(model: nn.Module) -> None:
     """Join the group that torchrun describes, where nobody has yet."""
     if not dist.is_available() or dist.is_initialized():
@@ -278,8 +326,8 @@ def _drop_prefix(
 ) -> None:
     """State-dict hook: `module.x` becomes `x`."""
     wrapped = prefix + "module."
-    for key in [key for key in state if key.startswith(wrapped)]:
-        state[prefix + key.removeprefix(wrapped)] = state.pop(key)
+    own = [key for key in state if key.startswith(wrapped)]
+    state.update({prefix + key.removeprefix(wrapped): state.pop(key) for key in own})
     # The versions of the modules' formats, by module path.
     versions = getattr(state, "_metadata", {})
     for key in [key for key in versions if key == wrapped[:-1] or key.startswith(wrapped)]:
@@ -289,9 +337,14 @@ def _drop_prefix(
 
 
 def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Load hook: the module's plain keys become `module.x`; keys that have it already stay."""
+    """Load hook: the module's plain keys become `module.x`, unless the dict has those already.
+
+    A module may own both `weight` and `module.weight`, so the form is the whole dict's.
+    """
     assert isinstance(module, DataParallel)
-    for key in module.module.state_dict():
-        plain, wrapped = prefix + key, f"{prefix}module.{key}"
-        if wrapped not in state and plain in state:
-            state[wrapped] = state.pop(plain)
+    plain = [prefix + key for key in module.module.state_dict()]
+    wrapped = [prefix + "module." + key.removeprefix(prefix) for key in plain]
+    if sum(key in state for key in plain) < sum(key in state for key in wrapped):
+        return
+    renamed = dict(zip(plain, wrapped, strict=True))
+    state.update({renamed[key]: state.pop(key) for key in plain if key in state})

@@ -47,6 +47,19 @@ class TiedAndUnused(nn.Module):
         return self.head(self.sometimes(hidden) if use else hidden)
 
 
+class _Skipping(nn.Module):
+    """Three layers, the middle one unused where `skip`."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+        self.first, self.middle, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(hidden if self.skip else self.middle(hidden))
+
+
 def _make(kind: str) -> nn.Module:
     torch.manual_seed(1)
     if kind == "conv":
@@ -199,9 +212,74 @@ def every_backward_is_averaged(rank: int, between: str) -> bool:
     return torch.equal(gradient, largest)
 
 
-def unused_without_asking(rank: int) -> None:
-    wrapped = dpmem.DataParallel(_make("tied"))
-    _loss("tied", wrapped, 0, 0).backward()
+def averaged_across_no_sync(rank: int, order: str) -> list[str]:
+    """A synchronized forward's backward averages, a local one's does not, in any order."""
+    model = _make("gpt")
+    wrapped = dpmem.DataParallel(model)
+    synchronized = [_loss("gpt", wrapped, rank, 0)]
+    if order == "two forwards":
+        synchronized.append(_loss("gpt", wrapped, rank, 1))
+        synchronized[0].backward()
+        wrapped.zero_grad()
+        del synchronized[0]
+    with wrapped.no_sync():
+        local = _loss("gpt", wrapped, rank, 2)
+    different = []
+    if order == "local first":
+        local.backward()
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        _loss("gpt", alone, rank, 2).backward()
+        different += [
+            n for n, g in _gradients(model).items() if not torch.equal(g, _gradients(alone)[n])
+        ]
+        wrapped.zero_grad()
+    if order == "wrapper dropped":
+        del wrapped
+    synchronized[0].backward()
+    for name, gradient in _gradients(model).items():
+        largest = gradient.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        if not torch.equal(gradient, largest):
+            different.append(name)
+    return different
+
+
+def dropped_wrapper_is_idle(rank: int) -> list[str]:
+    """Rank 0 keeps the loss of a dropped wrapper: its reducer must not join the next one's work."""
+    theirs, ours = _pair("gpt")
+    model = ours.module
+    kept = _loss("gpt", ours, rank, 0)
+    if rank == 1:
+        del kept
+    del ours
+    again = dpmem.DataParallel(model)
+    for wrapped in (theirs, again):
+        _loss("gpt", wrapped, rank, 1).backward()
+    expected, received = _gradients(theirs), _gradients(again)
+    return [name for name in expected if not torch.equal(expected[name], received[name])]
+
+
+def unused_without_asking(rank: int, on: tuple[int, ...]) -> str | None:
+    """What a backward that misses parameters on some ranks raises, if anything."""
+    wrapped = dpmem.DataParallel(_Skipping(rank in on), bucket_cap_mb=0.0001)
+    loss = wrapped(torch.ones(2, 8)).sum()
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def frozen_buffers_in_evaluation(rank: int) -> float:
+    """Rank 0's buffers reach the others also where a model in evaluation mode is differentiated."""
+    wrapped = dpmem.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).eval()
+    with torch.no_grad():
+        wrapped.module[1].running_mean.fill_(rank + 3)
+        wrapped(torch.ones(2, 2))
+        assert float(wrapped.module[1].running_mean[0]) == rank + 3
+    wrapped(torch.ones(2, 2))
+    return float(wrapped.module[1].running_mean[0])
 
 
 def recovers_after_exception(rank: int, set_to_none: bool) -> list[str]:

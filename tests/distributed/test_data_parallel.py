@@ -56,16 +56,33 @@ def test_every_backward_is_averaged(ranks: Pool, between: str) -> None:
     assert ranks(2).run("every_backward_is_averaged", between=between) == [True, True]
 
 
-def test_unused_parameters_are_named(ranks: Pool) -> None:
-    for error in ranks(2).errors("unused_without_asking"):
-        assert isinstance(error, RuntimeError)
-        assert "1 received none: 'unused'" in str(error)
-        assert "find_unused_parameters=True" in str(error)
+@pytest.mark.parametrize("order", ["local first", "two forwards", "wrapper dropped"])
+def test_a_forwards_synchronization_is_its_own(ranks: Pool, order: str) -> None:
+    """Whatever runs under no_sync between a synchronized forward and its backward."""
+    assert ranks(2).run("averaged_across_no_sync", order=order) == [[], []]
 
 
-@pytest.mark.parametrize("set_to_none", [True])
+def test_a_dropped_wrapper_joins_nothing(ranks: Pool) -> None:
+    assert ranks(2).run("dropped_wrapper_is_idle") == [[], []]
+
+
+@pytest.mark.parametrize("on", [(0,), (1,), (0, 1)])
+def test_unused_parameters_are_named_and_hang_nobody(ranks: Pool, on: tuple[int, ...]) -> None:
+    for rank, error in enumerate(ranks(2).run("unused_without_asking", on=on)):
+        if rank in on:
+            assert "2 received none: 'middle.weight', 'middle.bias'" in error
+            assert "find_unused_parameters=True" in error
+        else:
+            assert error is None
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
 def test_recovers_after_an_exception_in_backward(ranks: Pool, set_to_none: bool) -> None:
     assert ranks(2).run("recovers_after_exception", set_to_none=set_to_none) == [[], []]
+
+
+def test_buffers_come_from_rank_zero_in_evaluation_too(ranks: Pool) -> None:
+    assert ranks(2).run("frozen_buffers_in_evaluation") == [3.0, 3.0]
 
 
 def test_a_model_can_be_wrapped_again(ranks: Pool) -> None:

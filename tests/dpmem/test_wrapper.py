@@ -1,6 +1,8 @@
 """`wrap` and DataParallel in one process: the loop does not change, the numbers are torch's."""
 
 import copy
+import gc
+import inspect
 
 import pytest
 import torch
@@ -172,10 +174,20 @@ def test_a_child_named_module_is_not_confused() -> None:
             super().__init__()
             self.module = nn.Linear(2, 2)
 
-    ours = dpmem.DataParallel(Inner())
-    assert list(ours.state_dict()) == ["module.weight", "module.bias"]
-    ours.load_state_dict(ours.state_dict())
-    ours.load_state_dict({f"module.{key}": value for key, value in ours.state_dict().items()})
+    class Both(Inner):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 2))
+
+    for inner in (Inner(), Both()):
+        expected = {key: value.clone() for key, value in inner.state_dict().items()}
+        ours = dpmem.DataParallel(inner)
+        assert list(ours.state_dict()) == list(expected)
+        for form in (expected, {f"module.{key}": value for key, value in expected.items()}):
+            for parameter in inner.parameters():
+                parameter.data.zero_()
+            ours.load_state_dict(form)
+            assert all(torch.equal(inner.state_dict()[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -197,9 +209,19 @@ def test_several_devices_are_refused() -> None:
         dpmem.DataParallel(model)
 
 
-def test_unknown_ddp_arguments_are_not_ignored() -> None:
-    with pytest.raises(TypeError, match="static_graph"):
-        dpmem.DataParallel(nn.Linear(2, 2), static_graph=True)
+@pytest.mark.parametrize(
+    "option", [{"static_graph": True}, {"gradient_as_bucket_view": False}, {"dim": 1}]
+)
+def test_ddp_arguments_are_honoured_or_refused(option: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be .*; received"):
+        dpmem.DataParallel(nn.Linear(2, 2), **option)
+
+
+def test_positional_arguments_are_ddps() -> None:
+    """Up to the last argument that both have."""
+    ours = list(inspect.signature(dpmem.DataParallel.__init__).parameters)
+    theirs = list(inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters)
+    assert ours == theirs[: len(ours)]
 
 
 def test_module_without_gradients_is_refused() -> None:
@@ -217,3 +239,57 @@ def test_frozen_parameters_stay_out_of_the_norm() -> None:
     expected = torch.stack([p.grad.norm() for p in model[1].parameters()]).norm()
     optimizer.step()
     assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_strangers_in_the_optimizer_are_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="1 belong to no part of the model"):
+        dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+
+
+def test_an_optimizer_may_hold_frozen_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1e-3
+    )
+    ours(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert float(model[1].weight.grad.norm()) < 1e-3
+
+
+def test_parameters_that_cannot_be_clipped_are_refused_at_once() -> None:
+    model = nn.Linear(2, 2).double()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match=r"parameter 'weight' is torch.float64"):
+        dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_unfreezing_after_wrapping_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    ours = dpmem.DataParallel(model)
+    ours(torch.ones(2, 4))
+    model[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was unfrozen since; wrap the model again"):
+        ours(torch.ones(2, 4))
+
+
+def test_an_optimizer_clips_for_one_wrapper() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    first, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match="this one does so for another wrapped model"):
+        dpmem.wrap(model, optimizer, max_grad_norm=2.0)
+    del first
+    gc.collect()
+    with pytest.raises(RuntimeError, match="wrapped model, which is gone"):
+        optimizer.step()
+    second, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=2.0)
+    second(torch.full((1, 2), 100.0)).sum().backward()
+    optimizer.step()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(2.0, rel=1e-5)
+    assert float(second.grad_norm) > 100
