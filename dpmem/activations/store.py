@@ -5,9 +5,17 @@ In between, the store holds what the policy allows: codes of 8, 4 or 2 bits, bit
 tensor itself. One storage is compressed once, whichever views of it are saved, and every view is
 restored with its own strides. The rounding noise is counter based and keyed by (seed, tensor,
 forward, rank): torch's random state is neither read from nor moved.
+
+What is the model's stays exact, frozen or trained: parameters, buffers, and every result of a torch
+function whose tensors are all of the model (a transposed, cast, weight-normed or dequantized
+weight), with the copies that autocast makes of any of these. Not recognized, and so stored as
+activations are: weights made by a custom autograd.Function or in a C++ extension, which no torch
+function mode sees, and weights mixed with a tensor that is not the model's, a constant made in the
+forward included.
 """
 
 import weakref
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +24,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
+from dpmem.activations.policy import (
+    COMPRESSIBLE_DTYPES,
+    FunctionCall,
+    Policy,
+    storage_key,
+    tensors_in,
+)
 from dpmem_kernels import Noise, Quantized, dequantize, pack_mask, quantize, unpack_mask
 
 
@@ -71,7 +85,8 @@ class _Bits:
     """A mask: bool values, or where a ReLU's output is positive, as one bit each."""
 
     def __init__(self, flat: Tensor) -> None:
-        self.bits = pack_mask(flat if flat.dtype == torch.bool else flat > 0)
+        # As ReLU's backward asks: not where the output is at most 0, so that a NaN passes.
+        self.bits = pack_mask(flat if flat.dtype == torch.bool else (flat <= 0).logical_not_())
         self.numel, self.dtype = flat.numel(), flat.dtype
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -95,24 +110,78 @@ class _View:
         return self.source.restore().as_strided(self.shape, self.strides, self.offset)
 
 
-class _CurrentFunction(TorchFunctionMode):
-    """Knows which torch function is running, and on what."""
+class _CallTracker(TorchFunctionMode):
+    """Knows which torch function is running, and which tensors are the model's."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.name: str | None = None
-        self.first_argument: object = None
+        self.call: FunctionCall | None = None
+        self._model = model
+        self._held: set[int | None] = set()
+        # What was computed from the model alone, by storage: in-place changes raise the version,
+        # and the weak reference keeps the address from being reused.
+        self._computed: dict[int | None, tuple[StorageWeakRef, int]] = {}
+
+    def refresh(self) -> None:
+        """Forget what was computed and is gone; read the model's parameters and buffers again."""
+        held = (*self._model.parameters(), *self._model.buffers())
+        self._held = {storage_key(tensor) for tensor in held} - {None}
+        self._computed = {
+            key: entry for key, entry in self._computed.items() if not entry[0].expired()
+        }
+
+    def holds(self, tensor: Tensor) -> bool:
+        """True for parameters, buffers and their views."""
+        return type(tensor) is nn.Parameter or storage_key(tensor) in self._held
+
+    def owns(self, tensor: Tensor) -> bool:
+        """True for these, for what was computed from them alone, and for copies of either."""
+        if self._is_known(tensor):
+            return True
+        return self.call is not None and any(map(self._is_known, self.call.origins(tensor)))
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        key = storage_key(tensor)
+        if key in self._computed:
+            return not tensor.is_inference() and self._computed[key][1] == tensor._version
+        return key in self._held or type(tensor) is nn.Parameter
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        previous = self.name, self.first_argument
-        self.name = getattr(func, "__name__", None)
-        self.first_argument = args[0] if args else None
+        name = getattr(func, "__name__", None)
+        if name == "__get__":
+            # An attribute: most calls are these, they save nothing, and what is a tensor is a view.
+            return func(*args)
+        call = FunctionCall(name, args, kwargs or {})
+        # Asked before the call, which may change an argument in place.
+        of_the_model = self._takes_only_the_models(call)
+        previous, self.call = self.call, call
         try:
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **call.kwargs)
         finally:
-            self.name, self.first_argument = previous
+            self.call = previous
+        if of_the_model:
+            for tensor in tensors_in(result):
+                self._add(tensor)
+        return result
+
+    def _takes_only_the_models(self, call: FunctionCall) -> bool:
+        found = False
+        for tensor in call.tensors():
+            if not self._is_known(tensor):
+                return False
+            found = True
+        return found
+
+    def _add(self, tensor: Tensor) -> None:
+        key = storage_key(tensor)
+        if key is not None and key not in self._held and not tensor.is_inference():
+            self._computed[key] = StorageWeakRef(tensor.untyped_storage()), tensor._version
 
 
 class ActivationStore:
@@ -126,13 +195,12 @@ class ActivationStore:
     """
 
     def __init__(self, model: nn.Module, policy: Policy, *, seed: int, rank: int = 0) -> None:
-        self._model, self._policy = model, policy
+        self._policy = policy
         self._seed, self._rank = seed, rank
         self._forward = 0
         self._stream = 0
-        self._function = _CurrentFunction()
+        self._tracker = _CallTracker(model)
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._kept_storages: set[int] = set()
         # Compressed in this forward, by storage; the weak reference keeps the address from being
         # reused, so an entry never answers for a storage that came later.
         self._seen: dict[tuple[int, str], tuple[StorageWeakRef, int, torch.dtype, Any]] = {}
@@ -156,12 +224,9 @@ class ActivationStore:
             )
         self._forward += 1
         self._stream = 0
-        self._kept_storages = {
-            tensor.untyped_storage()._cdata
-            for tensor in (*self._model.parameters(), *self._model.buffers())
-        }
+        self._tracker.refresh()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._function.__enter__()
+        self._tracker.__enter__()
         self._hooks.__enter__()
         return self
 
@@ -173,30 +238,34 @@ class ActivationStore:
     ) -> None:
         assert self._hooks is not None
         self._hooks.__exit__(kind, value, traceback)
-        self._function.__exit__(kind, value, traceback)
+        self._tracker.__exit__(kind, value, traceback)
         self._hooks = None
         self._seen.clear()
 
     def _pack(self, tensor: Tensor) -> _Exact | _View:
-        if tensor.numel() < self._policy.minimum_numel or type(tensor) is not Tensor:
+        smallest = max(1, self._policy.minimum_numel)
+        if tensor.numel() < smallest or type(tensor) is not Tensor or tensor.is_nested:
             return _Exact(tensor)
-        if tensor.layout != torch.strided or self._belongs_to_model(tensor):
+        # Expanded from a small storage, it has no more values than that.
+        if storage_key(tensor) is None or _numel_of_storage(tensor) < smallest:
             return _Exact(tensor)
-        role = self._policy.role(tensor, self._function.name, self._function.first_argument)
+        role = self._policy.role(tensor, self._tracker.call)
         if tensor.dtype == torch.bool or (role == "sign" and tensor.dtype in COMPRESSIBLE_DTYPES):
-            return self._compress(tensor, None)
+            return _Exact(tensor) if self._tracker.holds(tensor) else self._compress(tensor, None)
         bits = self._policy.bits(role)
-        if bits is None or tensor.dtype not in COMPRESSIBLE_DTYPES:
+        if bits is None or tensor.dtype not in COMPRESSIBLE_DTYPES or self._tracker.owns(tensor):
             return _Exact(tensor)
         return self._compress(tensor, bits)
 
-    def _compress(self, tensor: Tensor, bits: int | None) -> _View:
+    def _compress(self, tensor: Tensor, bits: int | None) -> _Exact | _View:
         """Store `tensor`'s whole storage where it is all one tensor, else the tensor alone."""
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
-        storage = tensor.untyped_storage()
-        numel = storage.nbytes() // tensor.dtype.itemsize
+        storage, numel = tensor.untyped_storage(), _numel_of_storage(tensor)
         shared = base.numel() == numel and base.dtype == tensor.dtype
         if not shared:
+            if tensor.numel() > numel:
+                # Expanded from part of a storage: codes of every repetition could be larger.
+                return _Exact(tensor)
             held = self._hold(tensor.detach().contiguous().view(-1), bits)
             contiguous = torch.empty(tensor.shape, device="meta").stride()
             return _View(held, tensor.shape, contiguous, 0)
@@ -223,18 +292,9 @@ class ActivationStore:
         self._alive.add(held)
         return held
 
-    def _belongs_to_model(self, tensor: Tensor) -> bool:
-        """True for parameters, buffers, their views, and autocast's copies of them."""
-        if tensor.untyped_storage()._cdata in self._kept_storages:
-            return True
-        node = tensor.grad_fn
-        while node is not None and type(node).__name__ in _CAST_OR_VIEW_NODES:
-            node = node.next_functions[0][0]
-        return node is not None and type(node).__name__ == "AccumulateGrad"
 
-
-# What stands between a parameter and the low-precision copy that autocast multiplies with.
-_CAST_OR_VIEW_NODES = {"ToCopyBackward0", "TBackward0", "TransposeBackward0", "ViewBackward0"}
+def _numel_of_storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
 def _unpack(packed: _Exact | _View) -> Tensor:
