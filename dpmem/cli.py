@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -15,12 +15,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dpmem import __version__
-from dpmem.jobs import explain_too_small, find_batch_size, measure_job
+from dpmem.jobs import (
+    checked_budget,
+    default_device,
+    explain_too_small,
+    find_batch_size,
+    is_out_of_memory,
+    measure_job,
+)
 from dpmem.targets import TargetError, describe, load_job
 from dpmem.units import parse_bytes
 from dpmem_profiling import (
     BatchSizeResult,
-    MemoryLimitExceeded,
+    InvalidJob,
     MemoryRecord,
     NvmlUnavailable,
     Probe,
@@ -29,6 +36,9 @@ from dpmem_profiling import (
     terminal_table,
     write_report,
 )
+
+if TYPE_CHECKING:
+    from dpmem.demo import DemoResult
 
 Result = TypeVar("Result")
 
@@ -55,10 +65,13 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
 @click.version_option(__version__, prog_name="dpmem")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Train the biggest batch that fits, and know beforehand what fits."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -75,18 +88,31 @@ def cli() -> None:
 def demo(budget: int, out: Path, as_json: bool) -> int:
     """Wrap a small GPT on two ranks, find its largest batch, write a report."""
     # Imported here: torch.multiprocessing and the model are the demo's alone.
-    from dpmem.demo import DemoResult, run_demo
+    from dpmem.demo import RankFailed, run_demo
 
-    def run(progress: Callable[[str, float], None]) -> DemoResult:
+    def run(progress: Callable[[str, float], None]) -> "DemoResult":
         return run_demo(out, budget, progress)
 
-    result = _with_progress("dpmem demo", run)
+    try:
+        result = _with_progress("dpmem demo", run)
+    except RankFailed as error:
+        if error.rank_traceback:
+            click.echo(error.rank_traceback, err=True)
+        raise click.ClickException(str(error)) from error
+    except RuntimeError as error:
+        raise click.ClickException(f"the demo {describe(error)}") from error
     if as_json:
         click.echo(json.dumps(_demo_json(result), indent=2))
-        return 0 if result.too_small is None else FINDING
+    else:
+        _print_demo(result)
+    return 0 if result.too_small is None else _finding(result.too_small)
+
+
+def _print_demo(result: "DemoResult") -> None:
     console = Console()
     console.print(terminal_table([result.ddp.record, result.dpmem.record]))
     ratio = result.dpmem.record.peak_allocated_bytes / result.ddp.record.peak_allocated_bytes
+    budget = format_bytes(result.dpmem_batch.limit_bytes)
     rows = [
         ("precision", f"{result.precision}: {result.precision_reason}"),
         ("loss, DDP", f"{result.ddp.losses[0]:.4f} -> {result.ddp.losses[-1]:.4f}"),
@@ -94,13 +120,12 @@ def demo(budget: int, out: Path, as_json: bool) -> int:
         ("step, DDP", f"{result.ddp.step_s:.3f} s"),
         ("step, dpmem", f"{result.dpmem.step_s:.3f} s"),
         ("peak, dpmem / DDP", f"{ratio:.2f}"),
-        (f"largest safe batch in {format_bytes(budget)}, plain", _answer(result.plain_batch)),
+        (f"largest safe batch in {budget}, plain", _answer(result.plain_batch)),
         ("the same, dpmem", _answer(result.dpmem_batch)),
         ("report", str(result.files.html)),
         ("took", f"{result.seconds:.0f} s"),
     ]
     console.print(_two_columns(rows))
-    return 0 if result.too_small is None else _finding(result.too_small)
 
 
 @cli.command("find-batch-size")
@@ -110,13 +135,14 @@ def demo(budget: int, out: Path, as_json: bool) -> int:
 def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> int:
     """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
     job = load_job(target)
+    limit_bytes = checked_budget(budget, default_device())
 
     def run(progress: Callable[[str, float], None]) -> BatchSizeResult:
         def on_probe(probe: Probe) -> None:
             progress(f"batch {probe.batch}: {_probe_words(probe)}", 0.5)
 
         return _run_job(
-            target, lambda: find_batch_size(job, budget_bytes=budget, on_probe=on_probe)
+            target, lambda: find_batch_size(job, budget_bytes=limit_bytes, on_probe=on_probe)
         )
 
     result = _with_progress("finding the batch size", run)
@@ -142,7 +168,12 @@ def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> i
 def report_command(target: str, batch: int, out: Path, as_json: bool) -> int:
     """Measure one step of TARGET and write where its bytes go: HTML, PNG, JSON."""
     job = load_job(target)
-    record: MemoryRecord = _run_job(target, lambda: measure_job(job, batch))
+    try:
+        record: MemoryRecord = _run_job(target, lambda: measure_job(job, batch))
+    except TargetError as error:
+        if error.__cause__ is None or not is_out_of_memory(error.__cause__):
+            raise
+        return _finding(f"batch {batch} does not fit: {error}; try a smaller one")
     files = write_report([record], out, title=job.name or target)
     if as_json:
         click.echo(json.dumps(record.to_json(), indent=2))
@@ -195,28 +226,32 @@ def main() -> None:
         code = 130
     except click.ClickException as error:
         code = _fail(error.format_message())
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, OSError) as error:
         code = _fail(str(error))
     sys.exit(code)
 
 
 def _fail(message: str) -> int:
-    click.echo(f"dpmem: {' '.join(message.split())}", err=True)
+    _say(message)
     return BAD_INPUT
 
 
 def _finding(message: str) -> int:
-    click.echo(f"dpmem: {message}", err=True)
+    _say(message)
     return FINDING
 
 
-def _run_job(target: str, run: Callable[[], Any]) -> Any:
+def _say(message: str) -> None:
+    click.echo(f"dpmem: {' '.join(message.split())}", err=True)
+
+
+def _run_job(target: str, run: Callable[[], Result]) -> Result:
     """Run a user's job; what its code raises becomes one line that says where."""
     try:
         return run()
-    except (ValueError, OSError, MemoryLimitExceeded):
-        raise
-    except Exception as error:
+    except InvalidJob as error:
+        raise TargetError(f"TARGET {target!r}: {error}") from error
+    except (Exception, SystemExit) as error:
         raise TargetError(f"TARGET {target!r}: its job {describe(error)}") from error
 
 
@@ -249,11 +284,14 @@ def _batch_table(result: BatchSizeResult) -> Table:
         ]
     )
     for probe in result.probes:
-        table.add_row(f"probe, batch {probe.batch}", _probe_words(probe))
+        words = probe.error if probe.error is not None else _probe_words(probe)
+        table.add_row(f"probe, batch {probe.batch}", words)
     return table
 
 
 def _probe_words(probe: Probe) -> str:
+    if probe.outcome == "error":
+        return "error"
     return f"{probe.outcome}, {_bytes_or_unknown(probe.allocated_bytes)}"
 
 
@@ -283,7 +321,7 @@ def _top_table() -> Table:
     return table
 
 
-def _demo_json(result: Any) -> dict[str, Any]:
+def _demo_json(result: "DemoResult") -> dict[str, Any]:
     return {
         "precision": result.precision,
         "device": result.device,

@@ -19,12 +19,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessException, spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dpmem.config import Activations, Precision
-from dpmem.jobs import explain_too_small, find_batch_size, measure_job
+from dpmem.jobs import (
+    checked_budget,
+    default_device,
+    explain_too_small,
+    find_batch_size,
+    measure_job,
+)
 from dpmem.precision import autocast
 from dpmem.text_gpt import ByteGPT, StandardLibraryText, next_byte_loss
 from dpmem.wrapper import wrap
@@ -54,6 +60,14 @@ Progress = Callable[[str, float], None]
 AsDataParallel = Callable[
     [nn.Module, torch.optim.Optimizer | None], tuple[nn.Module, torch.optim.Optimizer | None]
 ]
+
+
+class RankFailed(RuntimeError):  # noqa: N818 - reads as what it is
+    """A rank of the demo raised, died or fell silent; `rank_traceback` is what it left, or ""."""
+
+    def __init__(self, message: str, rank_traceback: str = "") -> None:
+        super().__init__(message)
+        self.rank_traceback = rank_traceback
 
 
 @dataclass(frozen=True)
@@ -135,9 +149,11 @@ def build_job(wrap_job: AsDataParallel | None, name: str, text: StandardLibraryT
 def run_demo(out: Path, budget_bytes: int, progress: Progress) -> DemoResult:
     """Run all of it.
 
-    Raises OSError where `out` cannot be written, RuntimeError where a rank fails.
+    Raises OSError where `out` cannot be written, ValueError for an impossible budget, RankFailed
+    where a rank fails, RuntimeError where the interpreter came without its sources.
     """
     started = time.perf_counter()
+    checked_budget(budget_bytes, default_device())
     _check_writable(out)
     text = StandardLibraryText(context=ByteGPT().position.num_embeddings)
     measured = _train(progress)
@@ -209,7 +225,9 @@ def _batch_words(result: BatchSizeResult) -> str:
 
 
 def _run(data: dict[str, Any]) -> Run:
-    return Run(tuple(data["losses"]), data["step_s"], MemoryRecord.from_json(data["record"]))
+    # The steps of the training, taken in turn, say more about speed than the one that was measured.
+    record = replace(MemoryRecord.from_json(data["record"]), step_s=data["step_s"])
+    return Run(tuple(data["losses"]), data["step_s"], record)
 
 
 def _check_writable(out: Path) -> None:
@@ -232,11 +250,21 @@ def _train(progress: Progress) -> dict[str, Any]:
                 progress(*messages.get())
                 heard = time.monotonic()
             if time.monotonic() - heard > _SILENCE_LIMIT_S:
-                raise RuntimeError(
+                raise RankFailed(
                     f"the demo's ranks must report at least every {_SILENCE_LIMIT_S:.0f} s; they "
                     "fell silent; run it again on a machine that is less busy"
                 )
         return dict(json.loads((scratch / "result.json").read_text()))
+    except ProcessException as error:
+        # "-- Process 1 terminated with the following error:", the traceback, and at its end what
+        # was raised; or one line about a signal or an exit code.
+        report = str(error).strip()
+        lines = report.split("\n")
+        raise RankFailed(
+            f"all ranks of the demo must finish; rank {error.error_index} did not: {lines[-1]}; "
+            "see what `dpmem doctor` finds",
+            report if len(lines) > 1 else "",
+        ) from error
     finally:
         for process in ranks.processes:
             if process.is_alive():

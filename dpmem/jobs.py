@@ -1,15 +1,18 @@
 """What people do with a Job: measure it, find its batch size, report on it."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dpmem.targets import describe
 from dpmem.wrapper import DataParallel
 from dpmem_profiling import (
     BatchSizeResult,
     Category,
+    InvalidJob,
     Job,
     MemoryLimitExceeded,
     MemoryRecord,
@@ -24,6 +27,14 @@ from dpmem_profiling import (
 # Kept free of the limit: what allocators round up and fragment. Replaced by measured figures
 # where the forecast has them.
 MARGIN_FRACTION = 0.02
+# Where torch raises a plain RuntimeError for memory that ran out. Sources: c10/core/
+# impl/alloc_cpu.cpp, cudaGetErrorString, aten/src/ATen/cuda/CUDABlas.cpp, cudnn's status names.
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (not enough|can't allocate) memory"
+    r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+)
+# Where Linux says what memory there is; tests put another tree here.
+_ROOT = Path("/")
 
 
 def owned_tensors(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
@@ -36,7 +47,8 @@ def measure_job(
 ) -> MemoryRecord:
     """Run three steps of `job` on `device` (CUDA where there is one) and record the third's bytes.
 
-    Raises ValueError where the job's batch function ignores its size.
+    Raises InvalidJob, a ValueError, where a factory of the job breaks its promise, such as a batch
+    function that ignores its size; and whatever the job raises.
     """
     return measure(
         job,
@@ -50,6 +62,64 @@ def measure_job(
 def default_device() -> torch.device:
     """CUDA where torch sees one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_memory_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Free and total bytes of `device`: a GPU's, or what this process may use of the host's.
+
+    None where the host does not say (off Linux).
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    meminfo = _ROOT / "proc/meminfo"
+    if not meminfo.is_file():
+        return None
+    sizes_kib = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+    free_bytes, total_bytes = (int(sizes_kib[key]) << 10 for key in ("MemAvailable", "MemTotal"))
+    # A container has less than its host. Control groups, version 2 and version 1.
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        group = _ROOT / "sys/fs/cgroup"
+        if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
+            total_bytes = min(total_bytes, int(text))
+            free_bytes = min(free_bytes, int(text) - int((group / usage).read_text()))
+    return max(free_bytes, 0), total_bytes
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for every way in which a step says that memory ran out, and for nothing else."""
+    if isinstance(error, MemoryLimitExceeded | torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
+    """The budget of a search: what was asked for, or what a GPU has free now.
+
+    Raises ValueError for a budget that is not positive or more than the machine has, and for none
+    on the CPU.
+    """
+    memory = device_memory_bytes(device)
+    if budget_bytes is None:
+        if device.type != "cuda":
+            raise ValueError(
+                "on the CPU memory is shared, so a budget must be stated; received none; "
+                "pass budget_bytes (--budget 8GiB)"
+            )
+        assert memory is not None
+        return memory[0]
+    if budget_bytes <= 0:
+        raise ValueError(
+            f"a budget must be positive; received {budget_bytes} bytes; state one as 8GiB"
+        )
+    if memory is not None and budget_bytes > memory[1]:
+        raise ValueError(
+            f"a budget must be within the {format_bytes(memory[1])} that this machine has; "
+            f"received {format_bytes(budget_bytes)}; state a smaller one"
+        )
+    return budget_bytes
 
 
 def find_batch_size(
@@ -66,38 +136,34 @@ def find_batch_size(
     on_probe      told of every batch tried
 
     Every probe builds the job anew and runs it under the limit: a step that would exceed it is
-    stopped there, before the machine is. 2% of the limit stay free for `largest_safe`.
+    stopped there, before the machine is. 2% of the limit stay free for `largest_safe`. A batch at
+    which the job raises is not the end (batch normalization refuses one sample): the search goes
+    on with others.
 
-    Raises ValueError for a budget that is not positive, for a missing budget on the CPU, and where
-    the job's batch function ignores its size.
+    Raises ValueError for a budget that is not positive or more than the machine has, and for none
+    on the CPU; InvalidJob, a ValueError, where a factory of the job breaks its promise, such as a
+    batch function that ignores its size; torch.AcceleratorError where the device is lost; and the
+    job's first error where it raised at every batch tried.
     """
     device = device or default_device()
-    if budget_bytes is None:
-        if device.type != "cuda":
-            raise ValueError(
-                "on the CPU memory is shared, so a budget must be stated; received none; "
-                "pass budget_bytes (--budget 8GiB)"
-            )
-        budget_bytes = torch.cuda.mem_get_info(device)[0]
-    if budget_bytes <= 0:
-        raise ValueError(f"a budget must be positive; received {budget_bytes} bytes")
+    limit_bytes = checked_budget(budget_bytes, device)
+    failures: list[Exception] = []
 
     def probe(batch: int) -> Probe:
         try:
-            # One step to make the optimizer's state and the buckets, one to record, one to time.
-            record = measure(
-                job,
-                batch,
-                device=device,
-                warmup_steps=1,
-                owned=owned_tensors,
-                limit_bytes=budget_bytes,
-            )
-        except MemoryLimitExceeded as error:
-            # At least this much: the step was stopped as it crossed the limit.
-            return Probe(batch, "oom", allocated_bytes=error.live_bytes)
-        except torch.OutOfMemoryError:
-            return Probe(batch, "oom")
+            record = _measure_within(job, batch, device, limit_bytes)
+        except InvalidJob:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                # At least this much: the step was stopped as it crossed the limit.
+                live_bytes = error.live_bytes if isinstance(error, MemoryLimitExceeded) else None
+                return Probe(batch, "oom", allocated_bytes=live_bytes)
+            if isinstance(error, torch.AcceleratorError):
+                # The device's context is lost: whatever came next would fail for that alone.
+                raise
+            failures.append(error)
+            return Probe(batch, "error", error=describe(error))
         return Probe(
             batch,
             "fits",
@@ -108,34 +174,64 @@ def find_batch_size(
             peak_by_phase=record.peak_by_phase,
         )
 
-    margin_bytes = int(budget_bytes * MARGIN_FRACTION)
-    return search(probe, limit_bytes=budget_bytes, margin_bytes=margin_bytes, on_probe=on_probe)
+    result = search(
+        probe,
+        limit_bytes=limit_bytes,
+        margin_bytes=int(limit_bytes * MARGIN_FRACTION),
+        on_probe=on_probe,
+    )
+    if len(failures) == len(result.probes):
+        raise failures[0]
+    return result
 
 
 def explain_too_small(job: Job, result: BatchSizeResult, device: torch.device | None = None) -> str:
-    """Why not even one sample fits: by how much, what takes the room, and what would help.
+    """Why not even the smallest batch fits: by how much, what takes the room, what would help.
 
-    Runs the job at batch 1 without the limit, to know.
+    Runs the job at that batch again, to know, with more than the budget where the machine can
+    easily spare it: half of what it has free. What needs more than that is stopped, and the message
+    says what it needs at least.
     """
-    record = measure_job(job, 1, device=device)
-    usable = result.limit_bytes - result.margin_bytes
+    device = device or default_device()
+    batch = next(probe.batch for probe in result.probes if probe.outcome != "error")
+    step = "one sample's step" if batch == 1 else f"the step of the smallest batch, {batch}"
+    usable_bytes = result.limit_bytes - result.margin_bytes
+    budget = (
+        f"does not fit: the budget of {format_bytes(result.limit_bytes)}, "
+        f"{format_bytes(result.margin_bytes)} of it kept free, is below"
+    )
+    help_step = "what would help: activations='2bit', shorter or smaller samples, a larger budget"
+    memory = device_memory_bytes(device)
+    spare_bytes = 0 if memory is None else memory[0] // 2
+    try:
+        record = _measure_within(job, batch, device, max(result.limit_bytes, spare_bytes))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        live_bytes = error.live_bytes if isinstance(error, MemoryLimitExceeded) else 0
+        needed_bytes = max(live_bytes, result.peak_bytes or 0)
+        if needed_bytes <= usable_bytes:
+            return f"{budget} {step}, which takes more than this machine could give; {help_step}"
+        return (
+            f"{budget} {step}, at least {format_bytes(needed_bytes)}, "
+            f"by at least {format_bytes(needed_bytes - usable_bytes)}; {help_step}"
+        )
     # Weights, buffers and optimizer states stay; gradients come with the first backward.
     own_bytes = sum(record.persistent_bytes.values()) + max(
         record.peak_by_category.get("gradient", 0), record.peak_by_category.get("bucket", 0)
     )
     largest = sorted(record.at_peak.items(), key=lambda item: -item[1])[:3]
     causes = ", ".join(f"{category} {format_bytes(size)}" for category, size in largest)
-    if own_bytes > usable:
-        what, needed = "the model's own size", own_bytes
-        remedy = "a smaller model, an optimizer with less state, or a larger budget"
+    if own_bytes > usable_bytes:
+        what, needed_bytes = "the model's own size", own_bytes
+        remedy = "what would help: a smaller model, an optimizer with less state, a larger budget"
     else:
-        what, needed = "one sample's step", record.peak_allocated_bytes
-        remedy = "activations='2bit', shorter or smaller samples, or a larger budget"
+        what, remedy = step, help_step
+        needed_bytes = record.peak_reserved_bytes or record.peak_allocated_bytes
     return (
-        f"does not fit: the budget of {format_bytes(result.limit_bytes)}, "
-        f"{format_bytes(result.margin_bytes)} of it kept free, is below {what}, "
-        f"{format_bytes(needed)}, by {format_bytes(needed - usable)}; "
-        f"largest at batch 1: {causes}; what would help: {remedy}"
+        f"{budget} {what}, {format_bytes(needed_bytes)}, "
+        f"by {format_bytes(needed_bytes - usable_bytes)}; "
+        f"largest at batch {batch}: {causes}; {remedy}"
     )
 
 
@@ -148,8 +244,21 @@ def report(
 ) -> ReportFiles:
     """Measure one step of `job` and write where its bytes go: HTML, PNG and JSON in `out`.
 
-    Raises ValueError where the job's batch function ignores its size, OSError where `out` cannot
-    be written; nothing is left half-written.
+    Raises InvalidJob, a ValueError, where a factory of the job breaks its promise, such as a batch
+    function that ignores its size; whatever the job raises; and OSError where `out` cannot be
+    written. Nothing is left half-written.
     """
     record = measure_job(job, batch_size, device=device)
     return write_report([record], Path(out), title=job.name or "Where the bytes go")
+
+
+def _measure_within(job: Job, batch: int, device: torch.device, limit_bytes: int) -> MemoryRecord:
+    # One step to make the optimizer's state and the buckets, one to record, one to time.
+    return measure(
+        job,
+        batch,
+        device=device,
+        warmup_steps=1,
+        owned=owned_tensors,
+        limit_bytes=limit_bytes,
+    )

@@ -20,6 +20,9 @@ def load_job(target: str) -> Job:
     target   "path/to/file.py:function" or "package.module:function"; the function takes no
              arguments and returns a dpmem.Job
 
+    The folder of the file, or the working folder for a module, comes first in sys.path, as it does
+    for `python file.py` and `python -m package.module`; after an error sys.path is as it was.
+
     Raises TargetError where it cannot be found, imported or called, or returns something else.
     """
     place, separator, function_name = target.rpartition(":")
@@ -27,51 +30,71 @@ def load_job(target: str) -> Job:
         raise TargetError(
             f"a TARGET must be file.py:function or package.module:function; received {target!r}"
         )
-    module = _import(place, target)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [name for name, value in vars(module).items() if callable(value)]
-        own = [n for n in names if getattr(vars(module)[n], "__module__", "") == module.__name__]
-        raise TargetError(
-            f"TARGET {target!r}: {place} has no function {function_name!r}; "
-            f"it has {', '.join(own) or 'none'}"
-        )
+    path_before = list(sys.path)
     try:
-        job = function()
-    except Exception as error:
-        raise TargetError(f"TARGET {target!r}: {describe(error)}") from error
-    if not isinstance(job, Job):
-        raise TargetError(
-            f"TARGET {target!r} must return a dpmem.Job; received {type(job).__name__}"
-        )
-    return job
+        return _call(_import(place, target), function_name, target)
+    except BaseException:
+        sys.path[:] = path_before
+        raise
 
 
 def describe(error: BaseException) -> str:
     """One line about an exception that user code raised: what, and in which line of which file."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    first_line = str(error).strip().split("\n")[0]
-    return f"raised {type(error).__name__}: {first_line}{where}"
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r}){where}"
+    message = str(error).strip().split("\n")[0]
+    return f"raised {type(error).__name__}{': ' if message else ''}{message}{where}"
 
 
 def _import(place: str, target: str) -> ModuleType:
     path = Path(place)
+    from_file = path.suffix == ".py"
+    if from_file and not path.is_file():
+        raise TargetError(f"TARGET {target!r}: there is no file {place}")
+    sys.path.insert(0, str(path.resolve().parent if from_file else Path.cwd()))
     try:
-        if path.suffix != ".py":
-            return importlib.import_module(place)
-        if not path.is_file():
-            raise TargetError(f"TARGET {target!r}: there is no file {place}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # A job file imports its neighbours, as it would when run as a script.
-        sys.path.insert(0, str(path.resolve().parent))
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-    except TargetError:
-        raise
-    except Exception as error:
+        return _run_file(path) if from_file else importlib.import_module(place)
+    except (Exception, SystemExit) as error:
         raise TargetError(f"TARGET {target!r} does not import: {describe(error)}") from error
+
+
+def _run_file(path: Path) -> ModuleType:
+    # A name of its own: a job file called queue.py must not become everybody's `queue`.
+    name = f"dpmem_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickle look their module up.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
+
+
+def _call(module: ModuleType, function_name: str, target: str) -> Job:
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        own = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
+        raise TargetError(
+            f"TARGET {target!r} must name a function; there is no {function_name!r} among "
+            f"those of {module.__file__}: {', '.join(own) or 'none'}"
+        )
+    try:
+        job = function()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"TARGET {target!r}: its function {describe(error)}") from error
+    if not isinstance(job, Job):
+        raise TargetError(
+            f"TARGET {target!r} must return a dpmem.Job; received {type(job).__name__}"
+        )
+    return job

@@ -1,7 +1,7 @@
 """Where the bytes of a training step go: measure it, search the batch that fits, report it."""
 
 from dpmem_profiling.batch_size import search
-from dpmem_profiling.job import Job, StepContext, build, make_batch, run_step
+from dpmem_profiling.job import InvalidJob, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.meter import measure
 from dpmem_profiling.nvml import NvmlUnavailable, device_memory
 from dpmem_profiling.record import CATEGORIES, BatchSizeResult, Category, MemoryRecord, Probe
@@ -13,6 +13,7 @@ __all__ = [
     "CATEGORIES",
     "BatchSizeResult",
     "Category",
+    "InvalidJob",
     "Job",
     "MemoryLimitExceeded",
     "MemoryRecord",

@@ -9,8 +9,10 @@ search brackets: each further probe at least narrows what is possible.
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
 That the next one does not fit was either probed too, or inferred from a line that had predicted the
 confirming probe to within half a sample and puts the next one over by more than it was off;
-`limited_by` says which. A peak that falls again beyond a
-batch that failed is not looked for.
+`limited_by` says which. A peak that falls again beyond a batch that failed is not looked for.
+
+Some jobs refuse small batches: batch normalization one sample, micro-batches what they cannot
+split. The search starts at the first of `FIRST_BATCHES` that does not end in an error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import NamedTuple
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
 
-SMALL_BATCHES = (1, 4)
+FIRST_BATCHES = (1, 2, 4, 8)
 # How far ahead to look while the peak does not yet grow with the batch.
 GROWTH = 4
 # A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
@@ -40,7 +42,9 @@ def search(
     """Find the largest batches within `limit_bytes` and within `limit_bytes - margin_bytes`.
 
     A probe's peak is its reserved_bytes, else allocated_bytes, else predicted_bytes. Any outcome
-    but "fits" is an upper bound. `on_probe` is shown every probe as it comes in.
+    but "fits" is an upper bound, except "error" at the first batches: then larger ones are tried,
+    and where all of them end in errors, so does the search. `on_probe` is shown every probe as it
+    comes in.
 
     On a straight line this takes 4 probes, or 3 where both answers agree: for a peak of
     100 + 10 * batch with limit_bytes=1000 and margin_bytes=100 it tries 1, 4, 80 and 90, and
@@ -71,7 +75,7 @@ def search(
         largest_fitting=largest_fitting,
         largest_safe=largest_safe,
         fastest=None if fastest is None else fastest.batch,
-        peak_bytes=_peak_bytes(hunt.probes[largest_safe or 1]),
+        peak_bytes=_peak_bytes(hunt.probes[largest_safe or hunt.first]),
         limit_bytes=limit_bytes,
         margin_bytes=margin_bytes,
         source=source,
@@ -108,12 +112,17 @@ class _Search:
         self.peaks: dict[int, int] = {}
         # How far the line through earlier probes was off, where that was within half a sample.
         self._foreseen: dict[int, float] = {}
+        for batch in FIRST_BATCHES:
+            if batch > max_batch:
+                break
+            # The smallest batch that the job takes; the last one tried where it takes none.
+            self.first = batch
+            self._try(batch)
+            if self.probes[batch].outcome != "error":
+                break
 
     def largest_within(self, target_bytes: int) -> int | None:
         """The largest batch whose peak is within `target_bytes`, probing as needed."""
-        for small in SMALL_BATCHES:
-            if small <= self.max_batch and small < self._first_failure(target_bytes):
-                self._try(small)
         surprises, measured = 0, False
         while True:
             failure = self._first_failure(target_bytes)
@@ -161,7 +170,7 @@ class _Search:
         failed = (
             batch
             for batch in self.probes
-            if batch not in self.peaks or self.peaks[batch] > target_bytes
+            if batch >= self.first and (batch not in self.peaks or self.peaks[batch] > target_bytes)
         )
         return min(failed, default=self.max_batch + 1)
 
@@ -228,20 +237,21 @@ def _limited_by(
     margin_bytes: int,
 ) -> str:
     """One phrase: what keeps `largest_safe` from being larger."""
-    first = hunt.probes[1]
-    if largest_safe is None and first.outcome == "error":
-        return "batch 1 failed for a reason other than memory"
+    first = hunt.probes[hunt.first]
+    if first.outcome == "error":
+        tried = ", ".join(map(str, hunt.probes))
+        return f"every batch tried ({tried}) failed for a reason other than memory"
     if largest_fitting is None:
         peak_bytes = _peak_bytes(first)
         if peak_bytes is None or peak_bytes <= limit_bytes:
-            return f"batch 1 does not fit in {format_bytes(limit_bytes)}"
+            return f"batch {first.batch} does not fit in {format_bytes(limit_bytes)}"
         at_least = "" if first.outcome == "fits" else "at least "
         return (
-            f"batch 1 needs {at_least}{format_bytes(peak_bytes)}, "
+            f"batch {first.batch} needs {at_least}{format_bytes(peak_bytes)}, "
             f"{format_bytes(peak_bytes - limit_bytes)} more than the limit"
         )
     if largest_safe is None:
-        return f"batch 1 fits, but within the margin of {format_bytes(margin_bytes)}"
+        return f"batch {first.batch} fits, but within the margin of {format_bytes(margin_bytes)}"
     per_sample = hunt.bytes_per_sample()
     if largest_safe == hunt.max_batch:
         if per_sample <= 0:
@@ -249,9 +259,9 @@ def _limited_by(
         return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
     failure = hunt.lowest_failure(limit_bytes - margin_bytes)
     if failure == largest_safe + 1:
-        outcome = hunt.probes[failure].outcome
-        if outcome == "error":
-            return f"batch {failure} failed for a reason other than memory"
+        if hunt.probes[failure].outcome == "error":
+            reason = hunt.probes[failure].error
+            return f"batch {failure} failed" + (f": {reason}" if reason else "")
         return f"memory: batch {failure} was tried and takes too much"
     return (
         f"memory: {format_bytes(per_sample)} a sample, "

@@ -109,6 +109,10 @@ class Job:
             raise TypeError(f"Job.name must be a str; got {type(self.name).__name__}")
 
 
+class InvalidJob(ValueError):  # noqa: N818 - reads as what it is
+    """A factory of a job that does not return what it promises, at whatever batch size."""
+
+
 class Built(NamedTuple):
     """A job come to life: the model on its device in training mode, and its optimizer."""
 
@@ -119,18 +123,20 @@ class Built(NamedTuple):
 def build(job: Job, device: torch.device) -> Built:
     """Build the job's model on `device` in training mode, then its optimizer, then wrap both.
 
-    Raises TypeError where a factory returns something else than it promises.
+    Raises InvalidJob where a factory returns something else than it promises.
     """
     model = job.model()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Job.model must return an nn.Module; got {type(model).__name__}")
+        raise InvalidJob(
+            f"Job.model must return an nn.Module; got {type(model).__name__}. Return the model."
+        )
     model = model.to(device).train()
     optimizer = None if job.optimizer is None else job.optimizer(model.parameters())
     if job.wrap is None:
         return Built(model, optimizer)
     wrapped = job.wrap(model, optimizer)
     if not (isinstance(wrapped, tuple) and len(wrapped) == 2):
-        raise TypeError(
+        raise InvalidJob(
             f"Job.wrap must return (model, optimizer); got {type(wrapped).__name__}. "
             "Return the optimizer it was given where it does not change it."
         )
@@ -144,20 +150,21 @@ def make_batch(job: Job, n: int, device: torch.device) -> Any:
     ignores its argument would make every measurement the same. The other tensors are not looked at
     (some have no sample dimension).
 
-    Raises ValueError where the batch holds no tensor or its first tensor has not n samples.
+    Raises InvalidJob where the batch holds no tensor or its first tensor has not n samples,
+    ValueError for an n below 1.
     """
     if n < 1:
         raise ValueError(f"a batch needs at least one sample; got n={n}")
     batch = job.batch(n)
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
-        raise ValueError(
+        raise InvalidJob(
             f"Job.batch must return a pytree (dict, list, tuple, ...) of tensors; "
             f"got {type(batch).__name__} with none. A Hugging Face BatchEncoding: pass dict(it)."
         )
     shape = tuple(tensors[0].shape)
     if not shape or shape[0] != n:
-        raise ValueError(
+        raise InvalidJob(
             f"Job.batch({n}) must return {n} samples along dimension 0 of its first tensor; "
             f"got shape {shape}. Use the argument as the batch size."
         )
@@ -167,7 +174,7 @@ def make_batch(job: Job, n: int, device: torch.device) -> Any:
 def run_step(job: Job, context: StepContext) -> None:
     """Run one training step: the job's own, or zero_grad, loss, backward and optimizer.step().
 
-    Raises TypeError where the loss is not a scalar tensor.
+    Raises InvalidJob where the loss is not a scalar tensor.
     """
     if job.step is not None:
         job.step(context)
@@ -179,7 +186,9 @@ def run_step(job: Job, context: StepContext) -> None:
         loss = job.loss(context.model, context.batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"Job.loss must return a scalar tensor; got {got}")
+            raise InvalidJob(
+                f"Job.loss must return a scalar tensor; got {got}. Reduce it, as by .mean()."
+            )
     if job.zero_grad == "before_backward":
         _drop_gradients(context)
     with context.phase("backward"):

@@ -23,7 +23,7 @@ from dpmem_profiling.attribution import Attribution, Owned
 from dpmem_profiling.job import Built, Job, Phase, StepContext, build, make_batch, run_step
 from dpmem_profiling.record import Category, MemoryRecord, TensorAtPeak
 from dpmem_profiling.timeline import Replay, replay
-from dpmem_profiling.tracker import MemoryLimitExceeded, MemoryTracker
+from dpmem_profiling.tracker import MemoryTracker
 from dpmem_profiling.units import format_bytes
 
 # Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
@@ -51,11 +51,12 @@ def measure(
     limit_bytes   raise MemoryLimitExceeded as soon as the live tensors are more than this
     world_size    written into the record; the bytes are this process's
 
-    Afterwards the memory is free and the random states of torch (CPU and CUDA), Python and NumPy
-    are what they were.
+    Afterwards, also after an error, the memory is free and the random states of torch (CPU and
+    CUDA), Python and NumPy are what they were.
 
-    Raises MemoryLimitExceeded; ValueError for a batch_size, limit_bytes, warmup_steps or
-    world_size out of range; and whatever the job raises.
+    Raises MemoryLimitExceeded; InvalidJob where a factory of the job breaks its promise;
+    ValueError for a batch_size, limit_bytes, warmup_steps or world_size out of range; and whatever
+    the job raises.
     """
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -66,17 +67,24 @@ def measure(
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
     where = _resolve(device)
-    with _random_states_kept():
+    with _random_states_kept(), _garbage_collected():
         try:
             return _measure(job, batch_size, where, warmup_steps, owned, limit_bytes, world_size)
-        except (MemoryLimitExceeded, torch.OutOfMemoryError) as error:
-            # The frames of a traceback hold the tensors of the step; the lines stay readable.
-            traceback.clear_frames(error.__traceback__)
+        except Exception as error:
+            _let_go(error)
             raise
-        finally:
-            gc.collect()
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
+
+
+def _let_go(error: BaseException) -> None:
+    """Drop the tensors that the frames of `error` hold; its lines stay readable."""
+    reasons: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while reasons:
+        reason = reasons.pop()
+        if reason is not None and id(reason) not in seen:
+            seen.add(id(reason))
+            traceback.clear_frames(reason.__traceback__)
+            reasons += [reason.__cause__, reason.__context__]
 
 
 def _measure(
@@ -273,6 +281,26 @@ def _resolve(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"measure() knows the devices cpu and cuda; got {device}")
     # A storage on the CPU reports a device without an index.
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+@contextmanager
+def _garbage_collected() -> Iterator[None]:
+    """Collect the garbage that the block makes, on the GPU too.
+
+    What is older is set aside meanwhile: to look at all that torch imports takes a third of a
+    second, which is longer than the steps of a small model.
+    """
+    freezing = gc.get_freeze_count() == 0
+    if freezing:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if freezing:
+            gc.unfreeze()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @contextmanager

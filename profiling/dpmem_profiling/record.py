@@ -163,8 +163,9 @@ class Probe:
 
     `outcome`: "fits"; "oom", out of memory or over the limit; "retry", it ran but only after the
     allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
-    another reason. `seconds` is one training step. `peak_by_phase` is as in a MemoryRecord, where
-    known: a step's peak is the highest of its phases', each of them close to a line in the batch.
+    another reason, which `error` says. `seconds` is one training step. `peak_by_phase` is as in a
+    MemoryRecord, where known: a step's peak is the highest of its phases', each of them close to a
+    line in the batch.
     """
 
     batch: int
@@ -175,17 +176,18 @@ class Probe:
     device_bytes: int | None = None
     seconds: float | None = None
     peak_by_phase: Mapping[str, int] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class BatchSizeResult:
     """The outcome of a batch-size search.
 
-    largest_fitting  largest batch whose peak is within limit_bytes, None where batch 1 is not
+    largest_fitting  largest batch whose peak is within limit_bytes, None where none is
     largest_safe     largest batch whose peak is within limit_bytes - margin_bytes, or None
     fastest          the probed safe batch with the most samples per second; None if none was timed
-    peak_bytes       the peak at largest_safe, else at batch 1 (at least this, where it ran out of
-                     memory); None where the probe did not say
+    peak_bytes       the peak at largest_safe, else at the smallest batch that the job takes (at
+                     least this, where it ran out of memory); None where the probe did not say
     probes           every batch tried, in order
     curve            (batch, peak bytes) of the probes that ran, ascending
     limited_by       one phrase: what keeps the batch from growing

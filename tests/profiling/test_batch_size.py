@@ -158,14 +158,55 @@ def test_fits_only_within_the_margin() -> None:
 def test_every_other_outcome_is_an_upper_bound(outcome: str) -> None:
     def probe(batch: int) -> Probe:
         if batch > 37:
-            return Probe(batch, outcome)  # type: ignore[arg-type]
+            reason = "raised KeyError" if outcome == "error" else None
+            return Probe(batch, outcome, error=reason)  # type: ignore[arg-type]
         return Probe(batch, "fits", reserved_bytes=10 * batch, allocated_bytes=1)
 
     result = search(probe, limit_bytes=1000, margin_bytes=0)
     assert (result.largest_safe, result.largest_fitting) == (37, 37)
-    expected = {"error": "batch 38 failed for a reason other than memory"}
+    expected = {"error": "batch 38 failed: raised KeyError"}
     assert result.limited_by == expected.get(
         outcome, "memory: batch 38 was tried and takes too much"
+    )
+
+
+@pytest.mark.parametrize(
+    ("least", "first", "tried"), [(2, 2, [1, 2, 8]), (4, 4, [1, 2, 4, 16]), (7, 8, [1, 2, 4, 8])]
+)
+def test_small_batches_that_the_job_refuses(least: int, first: int, tried: list[int]) -> None:
+    def probe(batch: int) -> Probe:
+        if batch < least:
+            return Probe(batch, "error")
+        return Probe(batch, "fits", allocated_bytes=line(batch))
+
+    result = search(probe, limit_bytes=LIMIT_BYTES, margin_bytes=MARGIN_BYTES)
+    assert [done.batch for done in result.probes][: len(tried)] == tried
+    assert result.largest_fitting == exhaustive(line, LIMIT_BYTES)
+    assert result.largest_safe == exhaustive(line, LIMIT_BYTES - MARGIN_BYTES)
+    assert result.peak_bytes == line(result.largest_safe)
+    assert result.curve[0] == (first, line(first))
+
+
+def test_the_first_batch_that_the_job_takes_does_not_fit() -> None:
+    def probe(batch: int) -> Probe:
+        if batch == 1:
+            return Probe(batch, "error")
+        return Probe(batch, "oom", allocated_bytes=2048)
+
+    result = search(probe, limit_bytes=1024, margin_bytes=0)
+    assert [done.batch for done in result.probes] == [1, 2]
+    assert (result.largest_safe, result.largest_fitting, result.peak_bytes) == (None, None, 2048)
+    assert result.limited_by == "batch 2 needs at least 2.00 KiB, 1.00 KiB more than the limit"
+
+
+@pytest.mark.parametrize(("max_batch", "tried"), [(1, "1"), (3, "1, 2"), (3000, "1, 2, 4, 8")])
+def test_a_job_that_fails_at_every_batch(max_batch: int, tried: str) -> None:
+    result = search(
+        lambda batch: Probe(batch, "error"), limit_bytes=1024, margin_bytes=0, max_batch=max_batch
+    )
+    assert (result.largest_safe, result.largest_fitting, result.peak_bytes) == (None, None, None)
+    assert result.limited_by == (
+        f"every batch tried ({tried}) failed for a reason other than memory"
     )
 
 

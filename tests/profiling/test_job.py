@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpmem_profiling import Job, StepContext, build, make_batch, run_step
+from dpmem_profiling import InvalidJob, Job, StepContext, build, make_batch, run_step
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_build_trains_the_model_and_wraps_last() -> None:
 
 def test_a_wrap_that_forgets_the_optimizer_is_refused() -> None:
     job = Job(model, batch, loss, wrap=lambda model, optimizer: model)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"must return \(model, optimizer\); got Linear"):
+    with pytest.raises(InvalidJob, match=r"must return \(model, optimizer\); got Linear"):
         build(job, CPU)
 
 
@@ -85,8 +85,13 @@ def test_a_batch_keeps_its_shape() -> None:
     ],
 )
 def test_a_batch_function_must_use_its_size(make: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidJob, match=message):
         make_batch(Job(model, make, loss), 4, CPU)
+
+
+def test_a_model_factory_must_return_a_model() -> None:
+    with pytest.raises(InvalidJob, match=r"must return an nn.Module; got NoneType"):
+        build(Job(lambda: None, batch, loss), CPU)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize(
@@ -145,5 +150,5 @@ def test_unknown_phases_are_refused() -> None:
 
 def test_a_loss_must_be_a_scalar() -> None:
     job = Job(model, batch, lambda model, batch: model(batch["x"]))
-    with pytest.raises(TypeError, match=r"scalar tensor; got \(2, 1\)"):
+    with pytest.raises(InvalidJob, match=r"scalar tensor; got \(2, 1\)"):
         run_step(job, StepContext(model(), make_batch(job, 2, CPU), None, CPU))

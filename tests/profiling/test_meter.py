@@ -289,6 +289,28 @@ def test_an_error_in_the_job_leaves_no_hooks() -> None:
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
+def test_an_error_in_the_job_holds_no_memory() -> None:
+    storages: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def inner(model: nn.Module, batch: Tensor) -> Tensor:
+        output = model(batch)
+        storages.extend(weakref.ref(t.untyped_storage()) for t in (batch, output))
+        raise KeyError("inner")
+
+    def fails(model: nn.Module, batch: Tensor) -> Tensor:
+        try:
+            return inner(model, batch)
+        except KeyError as error:
+            raise ValueError("outer") from error
+
+    with pytest.raises(ValueError, match="outer") as caught:
+        measure(replace(MLP, loss=fails), 8)
+    # While the exception is still held, with the lines where it was raised:
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert caught.traceback[-1].name == "fails"
+    assert [storage() for storage in storages] == [None] * 2
+
+
 def test_memory_and_random_states_are_as_before() -> None:
     storages: list[weakref.ref[torch.UntypedStorage]] = []
 
@@ -309,6 +331,22 @@ def test_memory_and_random_states_are_as_before() -> None:
     assert np.random.get_state()[1].tolist() == before[2]
     assert storages
     assert all(storage() is None for storage in storages)
+
+
+def test_the_garbage_collector_is_as_before() -> None:
+    assert gc.get_freeze_count() == 0
+    measure(MLP, 8)
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ValueError, match="knows the devices"):
+        measure(MLP, 8, device="meta")
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        measure(MLP, 8)
+        assert gc.get_freeze_count() > 0.9 * frozen
+    finally:
+        gc.unfreeze()
 
 
 def test_measuring_does_not_depend_on_what_is_live_already() -> None:
