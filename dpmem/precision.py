@@ -46,20 +46,24 @@ def upcast_outputs(outputs: Any) -> Any:
 def check_clippable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Can `optimizer`'s step clip the gradients of `model`?
 
-    Raises ValueError where it holds other parameters, or clips for another wrapper already,
-    TypeError for parameters whose gradients the kernels cannot read.
+    Raises ValueError where it holds others than the model's parameters, or not all of those that
+    require gradients, or clips for another wrapper already; TypeError for parameters whose
+    gradients the kernels cannot read.
     """
-    wrapped = set(map(id, model.parameters()))
-    strangers = sum(
-        id(parameter) not in wrapped
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    held = _held(optimizer)
+    strangers = len(held - set(map(id, model.parameters())))
     if strangers:
         raise ValueError(
             "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
             f"hold only its parameters; {strangers} belong to no part of the model; give them "
             "an optimizer of their own"
+        )
+    absent = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if absent:
+        raise ValueError(
+            "max_grad_norm clips at the optimizer's step, so the optimizer must hold every "
+            f"parameter that requires a gradient; {len(absent)} are not in it, such as "
+            f"{absent[0]!r}; with several optimizers call torch.nn.utils.clip_grad_norm_ yourself"
         )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in _CLIPPABLE:
@@ -119,11 +123,16 @@ class GradientClip:
             self.norm = norm
 
 
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 class _Hook:
     """An optimizer's step pre-hook: the optimizer may outlive the wrapper, and does not keep it."""
 
     def __init__(self, clip: GradientClip, optimizer: torch.optim.Optimizer) -> None:
         self.clip = weakref.ref(clip)
+        self._held = _held(optimizer)
         self.handle = optimizer.register_step_pre_hook(self)
 
     def __call__(
@@ -134,5 +143,11 @@ class _Hook:
             raise RuntimeError(
                 "this optimizer's step was to clip the gradients of a wrapped model, which is "
                 "gone; train through the model that wrap returned, or wrap again"
+            )
+        if sum(len(group["params"]) for group in optimizer.param_groups) != len(self._held):
+            raise RuntimeError(
+                "the parameters that max_grad_norm clips are those that the optimizer held when it "
+                f"was wrapped, {len(self._held)}; it holds others now; wrap again after "
+                "add_param_group"
             )
         clip.before_step(kwargs.get("closure") or (args[1] if len(args) > 1 else None))

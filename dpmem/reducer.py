@@ -60,7 +60,7 @@ class LocalGradients:
     def prepare(self, *, synchronize: bool) -> None:
         """Nothing to prepare."""
 
-    def follow(self, outputs: list[Tensor]) -> None:
+    def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
         """Nothing to follow."""
 
     def release(self) -> None:
@@ -82,6 +82,16 @@ class LocalGradients:
         """Sum of squares and finite flag of all gradients, read now."""
         gradients = self.gradients()
         return [grad_stats(gradients)] if gradients else []
+
+
+class _AtTheEnd:
+    """What autograd calls when a backward ends. It is gone, uncalled, where the backward raised."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self._finish = finish
+
+    def __call__(self) -> None:
+        self._finish()
 
 
 def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], None]:
@@ -145,9 +155,9 @@ class Reducer:
         self._offset_of = {
             slot.parameter: slot.offset for bucket in self.plan.buckets for slot in bucket.slots
         }
-        self._armed = False
         self._synchronize = False
-        self._backward_id = _NO_BACKWARD
+        self._local_backward = _NO_BACKWARD
+        self._end: weakref.ref[_AtTheEnd] | None = None
         self._reset()
         # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
         handles = [
@@ -157,29 +167,28 @@ class Reducer:
         weakref.finalize(self, _remove, handles).atexit = False
 
     def prepare(self, *, synchronize: bool) -> None:
-        """Before a forward that will be differentiated: shall its backward average gradients?
-
-        Also forgets what a backward that raised left behind.
-        """
+        """Before a forward that will be differentiated: shall its backward average gradients?"""
         self._synchronize = synchronize
+        # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
         if _running_backward() == _NO_BACKWARD:
-            self._armed = synchronize
-            self._reset()
+            self._settle()
 
-    def follow(self, outputs: list[Tensor]) -> None:
-        """Average the backward that reaches these outputs of a synchronized forward.
+    def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
+        """Average the backward that reaches these outputs, or do not, whatever runs in between.
 
-        Whatever ran since: a forward under no_sync, or the end of the wrapper itself. Backwards
-        that reach none of them (a loss the module keeps as an attribute) go by the last forward.
+        One that reaches outputs of both kinds is averaged; one that reaches none (a loss that the
+        module keeps as an attribute) goes by the last forward.
         """
+        reached = self._begin if synchronize else self._skip
         for output in outputs:
             if output.grad_fn is not None:
-                output.register_hook(self._begin)
+                output.register_hook(reached)
 
     def release(self) -> None:
         """Let go of buckets whose gradients have all been set to None."""
         for bucket in self._buckets:
-            if all(self._parameters[i].grad is None for i in bucket.members):
+            travels = bucket.work is not None
+            if not travels and all(self._parameters[i].grad is None for i in bucket.members):
                 bucket.flat = None
                 bucket.stats = None
 
@@ -218,45 +227,64 @@ class Reducer:
 
     def retire(self) -> None:
         """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
-        self._synchronize = self._armed = False
+        self._synchronize = False
 
-    def _begin(self, _: Tensor) -> None:
-        """A backward has reached an output of a synchronized forward."""
-        running = _running_backward()
-        if running == self._backward_id:
+    def _is_averaging(self) -> bool:
+        """True from the start of an averaged backward until it ends, well or not."""
+        return self._end is not None and self._end() is not None
+
+    def _begin(self, _: Tensor | None = None) -> None:
+        """A backward reached an output of a synchronized forward: give gradients back at its end.
+
+        Where this runs in the backward of a reentrant checkpoint, the one around it may have begun.
+        """
+        if not self._is_averaging():
+            self._settle()
+            end = _AtTheEnd(self._finish)
+            self._end = weakref.ref(end)
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def _skip(self, _: Tensor) -> None:
+        """A backward reached an output of a local forward."""
+        self._local_backward = _running_backward()
+
+    def _settle(self) -> None:
+        """Complete what a backward that raised left: other ranks may wait in its collectives.
+
+        Their gradients are lost: what travelled is discarded, and the rest goes as zeros.
+        """
+        if self._end is None:
             return
+        assert not self._is_averaging()
+        for bucket in self._buckets[self._next :]:
+            like = self._parameters[bucket.members[0]]
+            zeros = torch.zeros(bucket.plan.numel, dtype=like.dtype, device=like.device)
+            bucket.work = dist.all_reduce(zeros, group=self._group, async_op=True)
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
         self._reset()
-        self._backward_id = running
-        self._armed = True
-        self._queue_finish()
-
-    def _queue_finish(self) -> None:
-        self._finish_queued = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
     def _reset(self) -> None:
-        self._finish_queued = False
-        self._backward_id = _NO_BACKWARD
+        self._end = None
         self._next = 0
         self._arrived = [False] * len(self._parameters)
         for bucket in self._buckets:
             bucket.waiting = len(bucket.members)
-            if bucket.work is not None:
-                # A backward that raised left it in flight.
-                bucket.work.wait()
-                bucket.work = None
+            bucket.work = None
 
     def _on_gradient(self, index: int) -> None:
-        if not self._armed:
-            return
+        if not self._is_averaging():
+            if not self._synchronize or _running_backward() == self._local_backward:
+                return
+            self._begin()
         if self._arrived[index]:
             raise RuntimeError(
                 "each parameter's gradient must be accumulated once in a backward; that of "
                 f"{self._names[index]!r} arrived twice, as it does when a module runs in two "
-                "reentrant checkpoints; use checkpoint(..., use_reentrant=False)"
+                "reentrant checkpoints, or in one and outside it; use "
+                "checkpoint(..., use_reentrant=False)"
             )
-        if not self._finish_queued:
-            self._queue_finish()
         self._arrived[index] = True
         self._bucket_of[index].waiting -= 1
         while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
@@ -287,11 +315,11 @@ class Reducer:
         bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
 
     def _finish(self) -> None:
-        """End of backward: launch what is left, await everything, give the gradients back.
-
-        What the last forward asked for then holds again, so that a second backward through the
-        same forward is averaged too.
-        """
+        """End of backward: launch what is left, await everything, give the gradients back."""
+        if not any(self._arrived):
+            # It went through the outputs to the inputs alone.
+            self._reset()
+            return
         missing = [
             i
             for i, arrived in enumerate(self._arrived)
@@ -304,8 +332,6 @@ class Reducer:
         for bucket in self._buckets:
             assert bucket.work is not None
             bucket.work.wait()
-            bucket.work = None
-        self._armed = self._synchronize
         self._reset()
         if missing and not self._find_unused:
             names = ", ".join(repr(self._names[i]) for i in missing[:8])

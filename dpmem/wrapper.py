@@ -37,7 +37,8 @@ def wrap(
 
     model          on its device already; its parameters are broadcast from rank 0
     optimizer      the one that updates it; needed where max_grad_norm is given
-    precision      "fp32", or "bf16": forward under autocast, outputs returned as fp32
+    precision      "fp32", or "bf16": forward under autocast, outputs that torch's pytree sees
+                   returned as fp32
     activations    "lossless", "8bit", "4bit", "2bit", or a `Policy`: how activations are stored
                    between forward and backward; None leaves them to autograd
     max_grad_norm  clip the global 2-norm of the gradients to this before each step
@@ -110,7 +111,8 @@ class DataParallel(nn.Module):
     process_group                default: the default group; world size 1 where there is none
     bucket_cap_mb                MiB of a bucket (25)
     find_unused_parameters       parameters that took no part in a backward count as zeros;
-                                 without it, several ranks raise an error that names them
+                                 without it, several ranks raise an error that names those
+                                 whose gradient is None
     check_reduction              no effect, there as here
     gradient_as_bucket_view      True: gradients are always views of the buckets
     static_graph                 False: this version has no such mode
@@ -121,8 +123,11 @@ class DataParallel(nn.Module):
     seen by clipping; write to `.grad` itself.
 
     A backward is averaged when it reaches the outputs of a forward outside `no_sync`; one that
-    reaches no output that torch's pytree sees goes by the last forward. A backward that raised
-    leaves no gradient where one was travelling: set gradients to zero or None, and go on.
+    reaches no output that torch's pytree sees (a plain dataclass's, a view edited in place) goes by
+    the last forward. Where no parameter receives a gradient, no rank waits for this one. A backward
+    that raised on all ranks leaves no gradient where one was travelling: set gradients to zero or
+    None, and go on. Where some ranks raised, in forward or in backward, stop all: this version does
+    not see that the others went on with another average.
 
     State dicts have the module's own keys, without `module.`; both forms load.
 
@@ -242,8 +247,9 @@ class DataParallel(nn.Module):
             outputs = self.module(*args, **kwargs)
         if self._config.precision == "bf16":
             outputs = upcast_outputs(outputs)
-        if self._synchronize and torch.is_grad_enabled():
-            self._gradients.follow([x for x in tree_leaves(outputs) if isinstance(x, Tensor)])
+        if torch.is_grad_enabled():
+            tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
+            self._gradients.follow(tensors, synchronize=self._synchronize)
         return outputs
 
     @contextmanager

@@ -293,3 +293,24 @@ def test_an_optimizer_clips_for_one_wrapper() -> None:
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert float(norm) == pytest.approx(2.0, rel=1e-5)
     assert float(second.grad_norm) > 100
+
+
+def test_a_part_of_the_model_cannot_be_clipped() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model[0].parameters())
+    with pytest.raises(ValueError, match=r"2 are not in it, such as '1\.weight'"):
+        dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+
+
+def test_parameters_added_to_the_optimizer_later_are_not_stepped_unclipped() -> None:
+    model = nn.Linear(2, 2)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), max_grad_norm=1.0
+    )
+    stranger = nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [stranger]})
+    stranger.grad = torch.full((1,), 100.0)
+    with pytest.raises(RuntimeError, match="wrap again after add_param_group"):
+        optimizer.step()
+    assert stranger.item() == 1.0
+    assert ours.grad_norm is None
