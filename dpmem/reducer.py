@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dpmem.buckets import Bucket, BucketPlan
 from dpmem.layout import dense_gradient, dense_strides, flatten_dense, writable_gradient
-from dpmem_kernels import GradStats, bucket_pack, grad_stats
+from dpmem_kernels import GradStats, PackPlan, bucket_pack, grad_stats
 
 # DistributedDataParallel's figures: small first bucket, so that the first collective starts early.
 FIRST_BUCKET_BYTES = 1 << 20
@@ -41,6 +41,8 @@ class _BucketState:
     plan: Bucket
     waiting: int = 0
     flat: Tensor | None = None
+    # Of the last backward: which gradients are present seldom changes.
+    pack_plan: PackPlan | None = None
     work: dist.Work | None = None
     stats: GradStats | None = None
     # The flat buffer's version when its stats were taken: views share the counter, so any
@@ -304,12 +306,18 @@ class Reducer:
         for slot in bucket.plan.slots:
             if self._parameters[slot.parameter].grad is None:
                 bucket.flat[slot.offset : slot.offset + slot.numel].zero_()
-        bucket_pack(
-            [flatten_dense(dense_gradient(self._parameters[i]), self._strides[i]) for i in present],
-            bucket.flat,
-            [self._offset_of[i] for i in present],
-            scale=1.0 / self._world_size,
-        )
+        gradients = [
+            flatten_dense(dense_gradient(self._parameters[i]), self._strides[i]) for i in present
+        ]
+        offsets = tuple(self._offset_of[i] for i in present)
+        if bucket.pack_plan is None or bucket.pack_plan.offsets != offsets:
+            bucket.pack_plan = PackPlan(
+                [gradient.numel() for gradient in gradients],
+                [gradient.dtype for gradient in gradients],
+                offsets,
+                bucket.flat.device,
+            )
+        bucket_pack(bucket.pack_plan, gradients, bucket.flat, scale=1.0 / self._world_size)
         for i in present:
             self._parameters[i].grad = None
         bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)

@@ -31,7 +31,15 @@ from dpmem.activations.policy import (
     storage_key,
     tensors_in,
 )
-from dpmem_kernels import Noise, Quantized, dequantize, pack_mask, quantize, unpack_mask
+from dpmem_kernels import (
+    Noise,
+    Quantized,
+    dequantize,
+    pack_mask,
+    pack_positive,
+    quantize,
+    unpack_mask,
+)
 
 
 class _Exact:
@@ -85,8 +93,7 @@ class _Bits:
     """A mask: bool values, or where a ReLU's output is positive, as one bit each."""
 
     def __init__(self, flat: Tensor) -> None:
-        # As ReLU's backward asks: not where the output is at most 0, so that a NaN passes.
-        self.bits = pack_mask(flat if flat.dtype == torch.bool else (flat <= 0).logical_not_())
+        self.bits = pack_mask(flat) if flat.dtype == torch.bool else pack_positive(flat)
         self.numel, self.dtype = flat.numel(), flat.dtype
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""pack_mask and unpack_mask on GPUs: the Triton kernels for the format in mask.py."""
+"""Masks on GPUs: the Triton kernels for the format in mask.py."""
 
 # Arguments of Triton kernels have no Python type.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,6 +14,8 @@ _BOOLS = tl.constexpr(BLOCK_BOOLS)
 _BYTES = tl.constexpr(BLOCK_BYTES)
 # Blocks in a program: 128-bit loads and stores with 4 warps.
 ROWS = 16
+# Of floats: with 16 the loads in flight fill the registers, and fp32 spills on sm_80.
+POSITIVE_ROWS = 8
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -39,6 +41,34 @@ def pack_mask_kernel(mask_ptr, bits_ptr, n, ROWS: tl.constexpr, WIDE: tl.constex
         for k in tl.static_range(8):
             inside = element + k * _BYTES < left
             packed += tl.load(mask_ptr + element + k * _BYTES, mask=inside, other=0) << k
+        tl.store(bits_ptr + (row * _BYTES + byte), packed, mask=row * _BOOLS < left)
+
+
+@triton.jit
+def _positive(x):
+    """1 where x > 0 or NaN, else 0, as bytes."""
+    return (~(x.to(tl.float32) <= 0.0)).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["n"])
+def pack_positive_kernel(x_ptr, bits_ptr, n, ROWS: tl.constexpr):
+    """ROWS blocks a program."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    byte = tl.arange(0, _BYTES)[None, :]
+    x_ptr += first * _BOOLS
+    bits_ptr += first * _BYTES
+    element = row * _BOOLS + byte
+    packed = tl.zeros((ROWS, _BYTES), tl.uint8)
+    if (first + ROWS) * _BOOLS <= n:
+        for k in tl.static_range(8):
+            packed |= _positive(tl.load(x_ptr + element + k * _BYTES)) << k
+        tl.store(bits_ptr + (row * _BYTES + byte), packed)
+    else:
+        left = n - first * _BOOLS
+        for k in tl.static_range(8):
+            inside = element + k * _BYTES < left
+            packed |= _positive(tl.load(x_ptr + element + k * _BYTES, mask=inside, other=0.0)) << k
         tl.store(bits_ptr + (row * _BYTES + byte), packed, mask=row * _BOOLS < left)
 
 
@@ -73,6 +103,13 @@ def launch_pack_mask(mask: Tensor, bits: Tensor, rows: int = ROWS) -> None:
         pack_mask_kernel[grid](
             mask.view(torch.uint8), bits, mask.numel(), rows, mask.data_ptr() % 16 == 0
         )
+
+
+def launch_pack_positive(x: Tensor, bits: Tensor, rows: int = POSITIVE_ROWS) -> None:
+    """Fill `bits` from an x of one element or more; `rows` blocks a program."""
+    grid = (triton.cdiv(bits.numel(), BLOCK_BYTES * rows),)
+    with torch.cuda.device_of(x):
+        pack_positive_kernel[grid](x, bits, x.numel(), rows)
 
 
 def launch_unpack_mask(bits: Tensor, mask: Tensor, rows: int = ROWS) -> None:

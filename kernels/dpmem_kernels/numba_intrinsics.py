@@ -82,13 +82,13 @@ _float_to_half = _conversion(types.float32, types.int16, _emit_float_to_half)
 
 
 def decode(stored: Any) -> Any:
-    """A stored element as float32."""
+    """A stored element as float32; the byte of a bool, 0 or 1, as it is."""
 
 
 # numba wants the annotations of a choice and of what it returns to agree.
 @overload(decode, inline="always")
 def _decode_overload(stored: Any) -> Any:
-    if stored == types.float32:
+    if stored in (types.float32, types.uint8):
 
         def choice(stored: Any) -> Any:
             return stored

@@ -17,20 +17,20 @@ _WEYL_1 = tl.constexpr(WEYL_1)
 
 @triton.jit
 def multiply_wide(a, M: tl.constexpr, ASM: tl.constexpr):
-    """Both halves, (low, high), of a times M. Assembly: one instruction where Triton's
-    language has a separate multiplication for each half."""
-    m = tl.full(a.shape, M, tl.uint32)
+    """Both halves, (low, high), of a times M: one instruction, for which assembly spares the
+    compiler's moves of a 64-bit number's halves."""
     if ASM:
         return tl.inline_asm_elementwise(
             "{ .reg .b64 t; mul.wide.u32 t, $2, $3; mov.b64 {$0, $1}, t; }",
             "=r,=r,r,r",
-            [a, m],
+            [a, tl.full(a.shape, M, tl.uint32)],
             dtype=(tl.uint32, tl.uint32),
             is_pure=True,
             pack=1,
         )
     else:
-        return a * m, tl.umulhi(a, m)
+        product = a.to(tl.uint64) * M
+        return product.to(tl.uint32), (product >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -53,6 +53,16 @@ def _min_nan_bf16x2(a, b):
 
 
 @triton.jit
+def _max_nan_f16x2(a, b):
+    return _assembly("max.NaN.f16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
+def _min_nan_f16x2(a, b):
+    return _assembly("min.NaN.f16x2 $0, $1, $2;", a, b)
+
+
+@triton.jit
 def _split(w, Element: tl.constexpr):
     """A word of two neighbours -> (first, second) in float32."""
     if Element == tl.bfloat16:
@@ -119,20 +129,27 @@ def _reciprocal(s, ASM: tl.constexpr):
 
 
 @triton.jit
-def _code_pair(w, r, zero, inverse, Element: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def _code_pair(
+    w, r, zero, inverse, unknown, Element: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
+):
     """Codes of a word's two elements in the halves of a word, each plus 0x4300 (0x8700 for
-    8 bits): the exponent of the rounded sum, left in place because removing it costs."""
+    8 bits): the exponent of the rounded sum, left in place because removing it costs.
+
+    `unknown` is 0. A shift and the sum with a base that the compiler does not know are one
+    instruction; with a constant the sum becomes an or, and two."""
     a, b = _split(w, Element)
     if BITS == 8:
-        u = (r & 0x7FFF) | 0x43800000
-        v = (r >> 17) | 0x43800000
+        base = unknown + 0x43800000
+        u = (r & 0x7FFF) | base
+        v = (r >> 17) + base
     elif ASM:
         base = tl.full(r.shape, 0x43000000, tl.uint32)
         u = _assembly("prmt.b32 $0, $1, $2, 0x7610;", r, base)
         v = _assembly("prmt.b32 $0, $1, $2, 0x7632;", r, base)
     else:
-        u = (r & 0xFFFF) | 0x43000000
-        v = (r >> 16) | 0x43000000
+        base = unknown + 0x43000000
+        u = (r & 0xFFFF) | base
+        v = (r >> 16) + base
     u = tl.fma(a - zero, inverse, u.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
     v = tl.fma(b - zero, inverse, v.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
     if BITS == 8:
@@ -155,7 +172,7 @@ def _interleave_bytes(a, b, ASM: tl.constexpr):
 
 @triton.jit
 def _store_codes(
-    w0, w1, w2, w3, pin, inside, codes_ptr, meta_ptr, g0,
+    w0, w1, w2, w3, pin, unknown, inside, codes_ptr, meta_ptr, g0,
     key_low, key_high, stream, step, rank,
     Element: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     ASM: tl.constexpr,
@@ -168,7 +185,14 @@ def _store_codes(
     row = tl.arange(0, ROWS)[:, None]
     word = tl.arange(0, W)[None, :]
 
-    if ASM and Element == tl.bfloat16:
+    if ASM and Element == tl.float16:
+        high = _max_nan_f16x2(_max_nan_f16x2(w0, w1), _max_nan_f16x2(w2, w3))
+        low = _min_nan_f16x2(_min_nan_f16x2(w0, w1), _min_nan_f16x2(w2, w3))
+        a, b = _split(tl.reduce(high, 1, _max_nan_f16x2, keep_dims=True), Element)
+        c, d = _split(tl.reduce(low, 1, _min_nan_f16x2, keep_dims=True), Element)
+        high = _max_nan(a, b)
+        low = _min_nan(c, d)
+    elif ASM and Element == tl.bfloat16:
         high = _max_nan_bf16x2(_max_nan_bf16x2(w0, w1), _max_nan_bf16x2(w2, w3))
         low = _min_nan_bf16x2(_min_nan_bf16x2(w0, w1), _min_nan_bf16x2(w2, w3))
         a, b = _split(tl.reduce(high, 1, _max_nan_bf16x2, keep_dims=True), Element)
@@ -204,10 +228,10 @@ def _store_codes(
         counter, blank + stream.to(tl.uint32), blank + step.to(tl.uint32),
         blank + rank.to(tl.uint32), key_low.to(tl.uint32), key_high.to(tl.uint32), ASM,
     )  # fmt: skip
-    f0 = _code_pair(w0, r0, zero, inverse, Element, BITS, ASM)
-    f1 = _code_pair(w1, r1, zero, inverse, Element, BITS, ASM)
-    f2 = _code_pair(w2, r2, zero, inverse, Element, BITS, ASM)
-    f3 = _code_pair(w3, r3, zero, inverse, Element, BITS, ASM)
+    f0 = _code_pair(w0, r0, zero, inverse, unknown, Element, BITS, ASM)
+    f1 = _code_pair(w1, r1, zero, inverse, unknown, Element, BITS, ASM)
+    f2 = _code_pair(w2, r2, zero, inverse, unknown, Element, BITS, ASM)
+    f3 = _code_pair(w3, r3, zero, inverse, unknown, Element, BITS, ASM)
 
     if BITS == 8:
         out = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * (G // 4)
@@ -243,6 +267,7 @@ def quantize_kernel(
     row = tl.arange(0, ROWS)[:, None]
     word = tl.arange(0, W)[None, :]
     x_ptr += g0 * G
+    unknown = (n.to(tl.int64) >> 40).to(tl.uint32)  # zero: n is at most 2^35
     if WIDE and (g0 + ROWS) * G <= n:
         p = _word_pointer(x_ptr) + (row * (G // 2) + word)
         w0 = tl.load(p)
@@ -253,7 +278,7 @@ def quantize_kernel(
         # the layout of the data, which otherwise passes through shared memory to get it.
         pin = (w0.to(tl.uint64) >> 63 >> 1).to(tl.uint32)
         _store_codes(
-            w0, w1, w2, w3, pin, None, codes_ptr, meta_ptr, g0,
+            w0, w1, w2, w3, pin, unknown, None, codes_ptr, meta_ptr, g0,
             key_low, key_high, stream, step, rank, Element, G, BITS, ROWS, ASM,
         )  # fmt: skip
     else:
@@ -264,21 +289,41 @@ def quantize_kernel(
         w1 = _element_word(x_ptr, e + G // 4, last)
         w2 = _element_word(x_ptr, e + G // 2, last)
         w3 = _element_word(x_ptr, e + 3 * (G // 4), last)
+        pin = tl.zeros((ROWS, W), tl.uint32)
         _store_codes(
-            w0, w1, w2, w3, tl.zeros((ROWS, W), tl.uint32), inside, codes_ptr, meta_ptr, g0,
+            w0, w1, w2, w3, pin, unknown, inside, codes_ptr, meta_ptr, g0,
             key_low, key_high, stream, step, rank, Element, G, BITS, ROWS, ASM,
         )  # fmt: skip
 
 
 @triton.jit
-def _values(w, SHIFT: tl.constexpr, scale, zero, G: tl.constexpr, BITS: tl.constexpr):
+def _values(w, SHIFT: tl.constexpr, scale, zero, BITS: tl.constexpr):
     """(first, second) element of a word whose codes start at SHIFT in each half of w."""
     HALF: tl.constexpr = 8 if BITS == 2 else 16
-    MASK: tl.constexpr = (1 << BITS) - 1
-    # 2^23 + code written as bits: an exact conversion by the units that do the arithmetic.
-    a = (((w >> SHIFT) & MASK) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    b = (((w >> (SHIFT + HALF)) & MASK) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return tl.fma(a, scale, zero), tl.fma(b, scale, zero)
+    FIELD: tl.constexpr = ((1 << BITS) - 1) << SHIFT
+    # 2^23 + code * 2^SHIFT written as bits: an exact conversion by the units that do the
+    # arithmetic. The power of two comes out of the scale, exactly too.
+    a = ((w & FIELD) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    b = (((w >> HALF) & FIELD) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    step = scale * (0.5**SHIFT)
+    return tl.fma(a, step, zero), tl.fma(b, step, zero)
+
+
+@triton.jit
+def _restore(meta, v0, v1, BITS: tl.constexpr):
+    """The elements of four quarters from metadata [ROWS, 1] and words of codes [ROWS, W]; v1 is
+    the second half of the codes for 8 bits, and not used for fewer."""
+    scale = (meta & -65536).to(tl.float32, bitcast=True)
+    zero = (meta << 16).to(tl.float32, bitcast=True)
+    a0, b0 = _values(v0, 0, scale, zero, BITS)
+    a1, b1 = _values(v0, BITS, scale, zero, BITS)
+    if BITS == 8:
+        a2, b2 = _values(v1, 0, scale, zero, BITS)
+        a3, b3 = _values(v1, BITS, scale, zero, BITS)
+    else:
+        a2, b2 = _values(v0, 2 * BITS, scale, zero, BITS)
+        a3, b3 = _values(v0, 3 * BITS, scale, zero, BITS)
+    return a0, b0, a1, b1, a2, b2, a3, b3
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -289,41 +334,33 @@ def dequantize_kernel(
     """ROWS groups a program; out is 16-byte aligned and holds n elements, no padding."""
     W: tl.constexpr = G // 8
     Element: tl.constexpr = out_ptr.dtype.element_ty
+    Word: tl.constexpr = tl.uint16 if BITS == 2 else tl.uint32
+    STRIDE: tl.constexpr = 2 * W if BITS == 8 else W
+    SECOND: tl.constexpr = W if BITS == 8 else 0
     g0 = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     word = tl.arange(0, W)[None, :]
-    whole = (g0 + ROWS) * G <= n
-    inside = whole | ((g0 + row) * G < n)
-    meta = tl.load(meta_ptr + g0 + row, mask=inside, other=0)
-    scale = (meta & -65536).to(tl.float32, bitcast=True)
-    zero = (meta << 16).to(tl.float32, bitcast=True)
-    offset = row * W + word
-    if BITS == 8:
-        p = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * (2 * W) + offset + row * W
-        v0 = tl.load(p, mask=inside, other=0)
-        v1 = tl.load(p + W, mask=inside, other=0)
-        a0, b0 = _values(v0, 0, scale, zero, G, BITS)
-        a1, b1 = _values(v0, 8, scale, zero, G, BITS)
-        a2, b2 = _values(v1, 0, scale, zero, G, BITS)
-        a3, b3 = _values(v1, 8, scale, zero, G, BITS)
-    else:
-        word_type: tl.constexpr = tl.uint32 if BITS == 4 else tl.uint16
-        p = codes_ptr.to(tl.pointer_type(word_type)) + g0 * W + offset
-        v = tl.load(p, mask=inside, other=0).to(tl.uint32)
-        a0, b0 = _values(v, 0, scale, zero, G, BITS)
-        a1, b1 = _values(v, BITS, scale, zero, G, BITS)
-        a2, b2 = _values(v, 2 * BITS, scale, zero, G, BITS)
-        a3, b3 = _values(v, 3 * BITS, scale, zero, G, BITS)
+    p = codes_ptr.to(tl.pointer_type(Word)) + g0 * STRIDE + (row * STRIDE + word)
+    meta_ptr += g0 + row
     out_ptr += g0 * G
-    if whole:
+    if (g0 + ROWS) * G <= n:
+        v = tl.load(p).to(tl.uint32)
+        a0, b0, a1, b1, a2, b2, a3, b3 = _restore(
+            tl.load(meta_ptr), v, tl.load(p + SECOND).to(tl.uint32), BITS
+        )
         q = _word_pointer(out_ptr) + (row * (G // 2) + word)
         tl.store(q, _join(a0, b0, Element, ASM))
         tl.store(q + W, _join(a1, b1, Element, ASM))
         tl.store(q + 2 * W, _join(a2, b2, Element, ASM))
         tl.store(q + 3 * W, _join(a3, b3, Element, ASM))
     else:
-        e = row * G + 2 * word
         left = (n - g0 * G).to(tl.int32)
+        inside = row * G < left
+        v = tl.load(p, mask=inside, other=0).to(tl.uint32)
+        second = tl.load(p + SECOND, mask=inside, other=0).to(tl.uint32)
+        meta = tl.load(meta_ptr, mask=inside, other=0)
+        a0, b0, a1, b1, a2, b2, a3, b3 = _restore(meta, v, second, BITS)
+        e = row * G + 2 * word
         _store_pair(out_ptr, e, a0, b0, left)
         _store_pair(out_ptr, e + G // 4, a1, b1, left)
         _store_pair(out_ptr, e + G // 2, a2, b2, left)

@@ -5,30 +5,19 @@ float64, where the square of an fp32 number is exact and no sum of them overflow
 finite exactly if all of its elements are.
 """
 
-import os
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from .numba_intrinsics import decode, encode
-from .tensor_table import DTYPE_CODES, Walk
-
-# A thread pool does not survive fork(), and a parallel loop in the child would kill it.
-_threads_usable = True
-
-
-def _forget_threads() -> None:
-    global _threads_usable
-    _threads_usable = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+from .cpu_threads import threads_for
+from .numba_intrinsics import decode, encode, fma, typed_array
+from .tensor_table import DTYPES, Walk
 
 
 @intrinsic
@@ -41,31 +30,63 @@ def _pointer(_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-# Reassociation lets LLVM sum in vector lanes; the lanes are the same on every run.
-@numba.njit(fastmath={"reassoc"})
-def _move(source: Any, destination: Any, scale: Any) -> Any:
+@intrinsic
+def _magnitude(_context: Any, stored: Any) -> Any:
+    """A stored element's bits without the sign, which order as magnitudes do: inf, then NaN.
+
+    In the element's own width, so that the loop stays as wide as memory is.
+    """
+    result = types.uint32 if stored == types.float32 else types.uint16
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = ir.IntType(result.bitwidth)
+        stored_bits = builder.bitcast(arguments[0], bits)
+        return builder.and_(stored_bits, bits(2 ** (result.bitwidth - 1) - 1))
+
+    return result(stored), generate
+
+
+@intrinsic
+def _larger(_context: Any, x: Any, y: Any) -> Any:
+    """The maximum of two unsigned integers of one type."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.select(builder.icmp_unsigned(">", *arguments), *arguments)
+
+    return x(x, y), generate
+
+
+# Reassociation lets LLVM sum in vector lanes; the lanes are the same on every run. Contraction
+# changes no result: in float64 the square of a float32 is exact.
+_SUMMING = {"reassoc", "contract"}
+
+
+# Inlined where `sums` and `accumulate` are constants, and where one array may be both source and
+# destination: LLVM then knows that they coincide, and vectorizes where it otherwise would not.
+@numba.njit(fastmath=_SUMMING, forceinline=True)
+def _move(source: Any, destination: Any, scale: Any, accumulate: bool, sums: bool) -> Any:
+    """Move a chunk; the sum of squares, or without `sums` 0, and inf if a value is not finite."""
     total = 0.0
+    largest = _magnitude(encode(np.float32(0.0), destination[0]))
     for i in range(source.size):
-        stored = encode(decode(source[i]) * scale, destination[i])
+        value = decode(source[i])
+        if accumulate:
+            value = fma(value, scale, decode(destination[i]))
+        else:
+            value = value * scale
+        stored = encode(value, destination[i])
         destination[i] = stored
-        value = np.float64(decode(stored))
-        total += value * value
+        if sums:
+            written = np.float64(decode(stored))
+            total += written * written
+        else:
+            largest = _larger(largest, _magnitude(stored))
+    if largest >= _magnitude(encode(np.float32(np.inf), destination[0])):
+        total = np.inf
     return total
 
 
-@numba.njit(fastmath={"reassoc"})
-def _move_in_place(values: Any, scale: Any) -> Any:
-    """_move with one array, which LLVM vectorizes; two that overlap it would not."""
-    total = 0.0
-    for i in range(values.size):
-        stored = encode(decode(values[i]) * scale, values[i])
-        values[i] = stored
-        value = np.float64(decode(stored))
-        total += value * value
-    return total
-
-
-@numba.njit(fastmath={"reassoc"})
+@numba.njit(fastmath=_SUMMING, forceinline=True)
 def _read(source: Any) -> Any:
     total = 0.0
     for i in range(source.size):
@@ -74,97 +95,162 @@ def _read(source: Any) -> Any:
     return total
 
 
-@numba.njit
-def _read_chunk(source: int, code: int, length: int) -> float:
-    pointer = _pointer(source)
-    if code == 0:
-        return _read(numba.carray(pointer, length, np.float32))
-    if code == 1:
-        return _read(numba.carray(pointer, length, np.uint16))
-    return _read(numba.carray(pointer, length, np.int16))
+@numba.njit(fastmath=_SUMMING, forceinline=True)
+def _read_in_streams(source: Any) -> Any:
+    """_read in four streams: with one, too few loads are under way to keep memory busy.
+
+    For fp32 alone: 16-bit elements keep the arithmetic busy.
+    """
+    length = source.size // 4
+    total_0, total_1, total_2, total_3 = 0.0, 0.0, 0.0, 0.0
+    for i in range(length):
+        value_0 = np.float64(decode(source[i]))
+        value_1 = np.float64(decode(source[length + i]))
+        value_2 = np.float64(decode(source[2 * length + i]))
+        value_3 = np.float64(decode(source[3 * length + i]))
+        total_0 += value_0 * value_0
+        total_1 += value_1 * value_1
+        total_2 += value_2 * value_2
+        total_3 += value_3 * value_3
+    total = total_0 + total_1 + total_2 + total_3
+    for i in range(4 * length, source.size):
+        value = np.float64(decode(source[i]))
+        total += value * value
+    return total
 
 
-@numba.njit
-def _rescale_chunk(source: int, code: int, length: int, scale: Any) -> float:
-    pointer = _pointer(source)
-    if code == 0:
-        return _move_in_place(numba.carray(pointer, length, np.float32), scale)
-    if code == 1:
-        return _move_in_place(numba.carray(pointer, length, np.uint16), scale)
-    return _move_in_place(numba.carray(pointer, length, np.int16), scale)
+# A call handles the chunks of one dtype, whose code it is given, and numba compiles what it is
+# called with: `source_like` and `destination_like` are empty arrays whose dtypes select the loop.
+@numba.njit(cache=True)
+def _read_range(
+    chunks: Any, code: int, sources: Any, source_like: Any, partials: Any, first: int, last: int
+) -> None:
+    for c in range(first, last):
+        tensor, own, start, length = chunks[c, 0], chunks[c, 1], chunks[c, 2], chunks[c, 3]
+        if own == code:
+            address = sources[tensor] + start * source_like.itemsize
+            source = numba.carray(_pointer(address), length, source_like.dtype)
+            partials[c] = _read_in_streams(source) if code == 0 else _read(source)
 
 
-@numba.njit
-def _move_from(source: Any, destination: int, code: int, scale: Any) -> float:
-    pointer = _pointer(destination)
-    if code == 0:
-        return _move(source, numba.carray(pointer, source.size, np.float32), scale)
-    if code == 1:
-        return _move(source, numba.carray(pointer, source.size, np.uint16), scale)
-    return _move(source, numba.carray(pointer, source.size, np.int16), scale)
-
-
-@numba.njit
-def _move_chunk(
-    source: int, source_code: int, destination: int, code: int, length: int, scale: Any
-) -> float:
-    pointer = _pointer(source)
-    if source_code == 0:
-        return _move_from(numba.carray(pointer, length, np.float32), destination, code, scale)
-    if source_code == 1:
-        return _move_from(numba.carray(pointer, length, np.uint16), destination, code, scale)
-    return _move_from(numba.carray(pointer, length, np.int16), destination, code, scale)
-
-
-def _walk(
+@numba.njit(cache=True)
+def _move_range(
     chunks: Any,
+    code: int,
     sources: Any,
     destinations: Any,
-    source_code: int,
-    destination_code: int,
+    source_like: Any,
+    destination_like: Any,
     scale: Any,
+    accumulate: bool,
+    sums: bool,
+    in_place: bool,
+    partials: Any,
+    first: int,
+    last: int,
+) -> None:
+    """With `in_place` the dtypes are one, and addresses may coincide."""
+    for c in range(first, last):
+        tensor, own, start, length = chunks[c, 0], chunks[c, 1], chunks[c, 2], chunks[c, 3]
+        if own != code:
+            continue
+        source_address = sources[tensor] + start * source_like.itemsize
+        address = destinations[tensor] + start * destination_like.itemsize
+        source = numba.carray(_pointer(source_address), length, source_like.dtype)
+        destination = numba.carray(_pointer(address), length, destination_like.dtype)
+        if accumulate:
+            partials[c] = _move(source, destination, scale, True, False)
+        elif in_place and source_address == address:
+            if sums:
+                partials[c] = _move(destination, destination, scale, False, True)
+            else:
+                partials[c] = _move(destination, destination, scale, False, False)
+        elif sums:
+            partials[c] = _move(source, destination, scale, False, True)
+        else:
+            partials[c] = _move(source, destination, scale, False, False)
+
+
+@numba.njit(cache=True, parallel=True)
+def _read_parallel(chunks: Any, code: int, sources: Any, source_like: Any, partials: Any) -> None:
+    for c in numba.prange(len(chunks)):
+        _read_range(chunks, code, sources, source_like, partials, c, c + 1)
+
+
+@numba.njit(cache=True, parallel=True)
+def _move_parallel(
+    chunks: Any,
+    code: int,
+    sources: Any,
+    destinations: Any,
+    source_like: Any,
+    destination_like: Any,
+    scale: Any,
+    accumulate: bool,
+    sums: bool,
+    in_place: bool,
     partials: Any,
 ) -> None:
-    """A code of -1 is the tensor's own; an empty `destinations` means that nothing is written."""
-    item_bytes = (4, 2, 2)
     for c in numba.prange(len(chunks)):
-        tensor, own, start, length = chunks[c, 0], chunks[c, 1], chunks[c, 2], chunks[c, 3]
-        read = own if source_code < 0 else source_code
-        source = sources[tensor] + start * item_bytes[read]
-        if len(destinations) == 0:
-            partials[c] = _read_chunk(source, read, length)
-        else:
-            written = own if destination_code < 0 else destination_code
-            destination = destinations[tensor] + start * item_bytes[written]
-            if source == destination and read == written:
-                partials[c] = _rescale_chunk(source, read, length, scale)
-            else:
-                partials[c] = _move_chunk(source, read, destination, written, length, scale)
+        _move_range(
+            chunks,
+            code,
+            sources,
+            destinations,
+            source_like,
+            destination_like,
+            scale,
+            accumulate,
+            sums,
+            in_place,
+            partials,
+            c,
+            c + 1,
+        )
 
 
-_walk_serial = numba.njit(cache=True)(_walk)
-_walk_parallel = numba.njit(cache=True, parallel=True)(_walk)
+_LIKE = {dtype: typed_array(torch.empty(0, dtype=dtype)) for dtype in DTYPES}
 
 
-def run(walk: Walk, chunks: Tensor, skip_if_one: bool) -> tuple[Tensor, Tensor]:
+def run(walk: Walk) -> tuple[Tensor, Tensor]:
     """See Walk.run. Uses as many threads as torch does."""
     scale = walk.scale.item() if isinstance(walk.scale, Tensor) else walk.scale
     zero = torch.zeros((), dtype=torch.float32)
-    if skip_if_one and scale == 1.0:
+    if walk.skip_if_one and scale == 1.0:
         return zero, zero.clone()
+    factor = np.float32(1.0 if scale is None else scale)
+    chunks = walk.chunks.numpy()
     partials = np.empty(len(chunks))
-    threads = torch.get_num_threads() if _threads_usable else 1
-    if threads > 1:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    (_walk_parallel if threads > 1 else _walk_serial)(
-        chunks.numpy(),
-        np.array(walk.sources, dtype=np.int64),
-        np.array(walk.destinations or [], dtype=np.int64),
-        -1 if walk.source_dtype is None else DTYPE_CODES[walk.source_dtype],
-        -1 if walk.destination_dtype is None else DTYPE_CODES[walk.destination_dtype],
-        np.float32(1.0 if scale is None else scale),
-        partials,
-    )
+    parallel = threads_for(len(chunks)) > 1
+    for code in np.flatnonzero(np.bincount(chunks[:, 1])):
+        own = DTYPES[code]
+        source_dtype = own if walk.source_dtype is None else walk.source_dtype
+        source_like = _LIKE[source_dtype]
+        if walk.destinations is None:
+            read = (chunks, code, walk.sources, source_like, partials)
+            if parallel:
+                _read_parallel(*read)
+            else:
+                _read_range(*read, 0, len(chunks))
+            continue
+        destination_dtype = own if walk.destination_dtype is None else walk.destination_dtype
+        move = (
+            chunks,
+            code,
+            walk.sources,
+            walk.destinations,
+            source_like,
+            _LIKE[destination_dtype],
+            factor,
+            walk.accumulate,
+            walk.sums,
+            source_dtype == destination_dtype,
+            partials,
+        )
+        if parallel:
+            _move_parallel(*move)
+        else:
+            _move_range(*move, 0, len(chunks))
     total = partials.sum()
     found_inf = torch.tensor(float(not np.isfinite(total)), dtype=torch.float32)
     return torch.tensor(total, dtype=torch.float64).float(), found_inf

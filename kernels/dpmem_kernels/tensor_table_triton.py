@@ -20,6 +20,30 @@ def _typed(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     return pointer
 
 
+@triton.constexpr_function
+def _columns(source, destination):
+    """Elements in a row of a tile: as many as four warps of lanes take in 16 bytes each.
+
+    Everything a thread takes is then a column, which it reduces alone. Rows of different lengths
+    also keep Triton from settling on one number of elements per lane for all dtypes of a kernel.
+    """
+    bits = min(source.primitive_bitwidth, destination.primitive_bitwidth)
+    return 128 * 128 // bits
+
+
+@triton.constexpr_function
+def _first_infinite(dtype):
+    """The smallest fp32 magnitude that rounds to inf: halfway from the largest number to 2^k."""
+    if dtype == tl.bfloat16:
+        return (2 - 2**-8) * 2.0**127
+    return 65520.0 if dtype == tl.float16 else float("inf")
+
+
+@triton.jit
+def _maximum(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit
 def _move_tile(
     source,
@@ -28,31 +52,47 @@ def _move_tile(
     scale,
     SOURCE: tl.constexpr,
     DESTINATION: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    SUMS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Move `length` elements; the sum of squares of what was written, and a non-finite flag.
+    """Move `length` elements; (sum of squares of what was written or 0, non-finite flag).
 
     WIDE: addresses are divisible by 16 and the length by 8.
     """
-    offsets = tl.arange(0, BLOCK)
+    COLUMNS: tl.constexpr = _columns(SOURCE, SOURCE if destination is None else DESTINATION)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.arange(0, BLOCK // COLUMNS)[:, None] * COLUMNS + columns
     if WIDE:
         length = (length >> 3) * 8  # tells the compiler, in a value that only this path has
     mask = offsets < length
     x = tl.load(_typed(source, SOURCE, WIDE) + offsets, mask=mask, other=0.0).to(tl.float32)
-    if scale is not None:
-        x = x * scale
     if destination is not None:
+        places = _typed(destination, DESTINATION, WIDE) + offsets
+        if ACCUMULATE:
+            held = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+            x = tl.fma(x, tl.full(x.shape, scale, tl.float32), held)
+        elif scale is not None:
+            x = x * scale
         y = x.to(DESTINATION)
-        tl.store(_typed(destination, DESTINATION, WIDE) + offsets, y, mask=mask)
-        x = y.to(tl.float32)
-    sum_of_squares = tl.sum(x * x)
-    bad = 0
-    # A finite sum proves every element finite. Only a sum that is not (large gradients square to
-    # more than fp32 holds) makes it necessary to look at the elements.
-    if not (sum_of_squares < float("inf")):
-        bad = tl.max((x - x != 0.0).to(tl.int32))
-    return sum_of_squares, bad
+        tl.store(places, y, mask=mask)
+    if SUMS:
+        if destination is not None:
+            x = y.to(tl.float32)
+        total = tl.sum(x * x)
+        bad = 0
+        # A finite sum proves every element finite. Only a sum that is not (large gradients square
+        # to more than fp32 holds) makes it necessary to look at the elements.
+        if not (total < float("inf")):
+            bad = tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1)
+    else:
+        total = 0.0
+        # Of the values before they are rounded, so that none is taken apart again.
+        largest = tl.reduce(tl.abs(x), 0, _maximum)
+        largest = tl.reduce(tl.reshape(largest, (128, COLUMNS // 128)), 1, _maximum)
+        bad = 1 - (largest < _first_infinite(DESTINATION)).to(tl.int32)
+    return total, bad
 
 
 @triton.jit
@@ -64,6 +104,8 @@ def _move_chunk(
     scale,
     SOURCE: tl.constexpr,
     DESTINATION: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Choose between 16-byte and single accesses. Addresses are in bytes, and of element 0."""
@@ -75,11 +117,29 @@ def _move_chunk(
     length = length.to(tl.int32)
     if alignment % 16 == 0:
         total, bad = _move_tile(
-            source, destination, length, scale, SOURCE, DESTINATION, True, BLOCK
+            source,
+            destination,
+            length,
+            scale,
+            SOURCE,
+            DESTINATION,
+            ACCUMULATE,
+            SUMS,
+            True,
+            BLOCK,
         )
     else:
         total, bad = _move_tile(
-            source, destination, length, scale, SOURCE, DESTINATION, False, BLOCK
+            source,
+            destination,
+            length,
+            scale,
+            SOURCE,
+            DESTINATION,
+            ACCUMULATE,
+            SUMS,
+            False,
+            BLOCK,
         )
     return total, bad
 
@@ -97,11 +157,14 @@ def walk_kernel(
     STORE: tl.constexpr,
     LOAD_SCALE: tl.constexpr,
     SKIP_IF_ONE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program p moves chunk p. SOURCE and DESTINATION are dtypes, None for the tensor's own.
 
-    `scale` is a number, None, or with LOAD_SCALE a pointer to one.
+    `scale` is a number, None, or with LOAD_SCALE a pointer to one. Without SUMS partials_ptr is
+    None.
     """
     if LOAD_SCALE:
         scale = tl.load(scale)
@@ -128,6 +191,8 @@ def walk_kernel(
             scale,
             FP32 if SOURCE is None else SOURCE,
             FP32 if DESTINATION is None else DESTINATION,
+            ACCUMULATE,
+            SUMS,
             BLOCK,
         )
     elif code == 1:
@@ -139,6 +204,8 @@ def walk_kernel(
             scale,
             BF16 if SOURCE is None else SOURCE,
             BF16 if DESTINATION is None else DESTINATION,
+            ACCUMULATE,
+            SUMS,
             BLOCK,
         )
     else:
@@ -150,11 +217,14 @@ def walk_kernel(
             scale,
             FP16 if SOURCE is None else SOURCE,
             FP16 if DESTINATION is None else DESTINATION,
+            ACCUMULATE,
+            SUMS,
             BLOCK,
         )
-    tl.store(partials_ptr + chunk, total)
-    # Every program that stores here stores the same value, so the order does not matter.
-    tl.store(found_inf_ptr, 1.0, mask=bad != 0)
+    if SUMS:
+        tl.store(partials_ptr + chunk, total)
+    # Whoever stores here stores the same value, so the order does not matter.
+    tl.store(found_inf_ptr + bad * 0, 1.0, mask=bad != 0)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -168,29 +238,28 @@ def sum_kernel(partials_ptr, n, sum_ptr, BLOCK: tl.constexpr):
     tl.store(sum_ptr, tl.sum(total).to(tl.float32))
 
 
-def _to_device(words: list[int], device: torch.device) -> Tensor:
-    """One copy that the host does not wait for."""
-    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
-
-
-def run(walk: Walk, chunks: Tensor, skip_if_one: bool) -> tuple[Tensor, Tensor]:
+def run(walk: Walk) -> tuple[Tensor, Tensor]:
     """See Walk.run."""
-    store = walk.destinations is not None
+    device, num_chunks = walk.chunks.device, len(walk.chunks)
     # The first word stays 0: it is the flag, lowered by the copy that brings the addresses. The
     # second keeps the addresses, two to a tensor, aligned.
-    words = [0] * (2 + 2 * len(walk.sources))
+    host = torch.zeros(
+        2 + 2 * len(walk.sources), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
+    words = host.numpy()
     words[2::2] = walk.sources
     if walk.destinations is not None:
         words[3::2] = walk.destinations
-    uploaded = _to_device(words, walk.device)
+    uploaded = host.to(device, non_blocking=True)
     found_inf, addresses = uploaded[:1].view(torch.float32)[0], uploaded[2:]
-    partials = torch.empty(len(chunks), dtype=torch.float32, device=walk.device)
-    sum_of_squares = torch.empty((), dtype=torch.float32, device=walk.device)
+    sum_of_squares = torch.empty((), dtype=torch.float32, device=device)
+    partials = None
+    if walk.sums:
+        partials = torch.empty(num_chunks, dtype=torch.float32, device=device)
     with torch.cuda.device_of(uploaded):
-        if len(chunks):
-            walk_kernel[(len(chunks),)](
-                chunks,
+        if num_chunks:
+            walk_kernel[(num_chunks,)](
+                walk.chunks,
                 addresses,
                 walk.scale,
                 found_inf,
@@ -199,13 +268,15 @@ def run(walk: Walk, chunks: Tensor, skip_if_one: bool) -> tuple[Tensor, Tensor]:
                 DESTINATION=(
                     None if walk.destination_dtype is None else TL_DTYPES[walk.destination_dtype]
                 ),
-                STORE=store,
+                STORE=walk.destinations is not None,
                 LOAD_SCALE=isinstance(walk.scale, Tensor),
-                SKIP_IF_ONE=skip_if_one,
+                SKIP_IF_ONE=walk.skip_if_one,
+                ACCUMULATE=walk.accumulate,
+                SUMS=walk.sums,
                 BLOCK=CHUNK,
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-        if not skip_if_one:
-            sum_kernel[(1,)](partials, len(chunks), sum_of_squares, BLOCK=1024, num_warps=4)
+        if walk.sums:
+            sum_kernel[(1,)](partials, num_chunks, sum_of_squares, BLOCK=1024, num_warps=4)
     return sum_of_squares, found_inf

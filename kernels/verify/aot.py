@@ -1,8 +1,9 @@
 """Compile every kernel for GPUs that are not here, and read what the compiler made of it.
 
-    python -m verify.aot sm_80 sm_90 --cases grad_stats pack_bf16 > report.jsonl
+    python -m verify.aot sm_90 gfx942
 
-prints one JSON line per kernel and target, for all of both without arguments. Triton's wheel brings
+compiles every case for those targets, for all without arguments, and prints what budget.py judges,
+a line for each; a case that does not compile ends it with Triton's error. Triton's wheel brings
 ptxas and its disassemblers, so no driver is needed. TRITON_INTERPRET must be unset: Triton reads it
 when a kernel is decorated.
 
@@ -11,12 +12,12 @@ It is not a run.
 """
 
 import argparse
-import json
+import pickle
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from verify.cases import GRADIENT_CASES, KernelCase, activation_cases
+from verify import machine_code
+from verify.cases import KernelCase
+from verify.launch import CompiledKernel
+from verify.registry import cases_for
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,85 +43,80 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel for one target shows.
+    """What the machine code of one case for one target shows.
 
     `registers` is per thread (vector registers on AMD), `spills` counts accesses to registers
-    spilled to memory, `loads` and `stores` the global accesses in the code by their width in bits.
+    spilled to memory. `load_bits` and `store_bits` are the width of the payload's accesses on the
+    hot path, or of the widest access in code that has no hot path. `instructions_per_element` is
+    the hot path's, machine_code.py says how it is counted; None where there is none.
     """
 
-    kernel: str
-    target: str
     registers: int
     spills: int
-    shared_bytes: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-
-    @property
-    def load_bits(self) -> int:
-        return max(self.loads, default=0)
-
-    @property
-    def store_bits(self) -> int:
-        return max(self.stores, default=0)
+    load_bits: int | None
+    store_bits: int | None
+    instructions_per_element: float | None
 
 
-def cases_for(target: str) -> tuple[KernelCase, ...]:
-    """Every case that the launchers would ask for on `target`."""
-    return GRADIENT_CASES + activation_cases(assembly=TARGETS[target].backend == "cuda")
+def is_nvidia(target: str) -> bool:
+    return TARGETS[target].backend == "cuda"
 
 
 def compile_case(case: KernelCase, target: str) -> Any:
     """Triton's compiled kernel; its `asm` holds the PTX and the cubin, or the AMD assembly."""
-    position = {name: i for i, name in enumerate(case.kernel.arg_names)}
-    types = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    source = ASTSource(
-        case.kernel,
+    source = case.source()
+    position = {name: i for i, name in enumerate(source.function.arg_names)}
+    types = {**source.signature, **dict.fromkeys(source.constexprs, "constexpr")}
+    ast = ASTSource(
+        source.function,
         {name: types[name] for name in position},
-        constexprs=dict(case.constexprs),
-        attrs={(position[name],): [["tt.divisibility", 16]] for name in case.aligned},
+        constexprs=dict(source.constexprs),
+        attrs={(position[name],): [["tt.divisibility", 16]] for name in source.aligned},
     )
-    options = {"num_warps": case.num_warps, **case.options}
-    return triton.compile(source, target=TARGETS[target], options=options)
+    options = {"num_warps": case.num_warps, **source.options}
+    return triton.compile(ast, target=TARGETS[target], options=options)
 
 
-def compile_for(case: KernelCase, target: str) -> Report:
-    """Compile one case for one of TARGETS and report on its machine code."""
-    compiled = compile_case(case, target)
-    if TARGETS[target].backend == "cuda":
-        found = _read_nvidia(compiled.asm["cubin"])
+def read_ptx(compiled: Any) -> CompiledKernel:
+    """What the executor needs of a kernel compiled for NVIDIA."""
+    return CompiledKernel(compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def report_on(case: KernelCase, target: str, compiled: Any) -> Report:
+    """Read the machine code that `compile_case` gave."""
+    if is_nvidia(target):
+        registers, spills, blocks = _read_nvidia(compiled.asm["cubin"])
     else:
-        found = _read_amd(compiled.asm["amdgcn"])
-    return Report(case.name, target, shared_bytes=compiled.metadata.shared, **found)
+        registers, spills, blocks = _read_amd(compiled.asm["amdgcn"])
+    work = case.work()
+    threads = case.num_warps * TARGETS[target].warp_size
+    path = None
+    if work is not None:
+        path = machine_code.hot_path(
+            blocks, _bits_per_thread(work.read_bytes, threads),
+            _bits_per_thread(work.written_bytes, threads),
+        )  # fmt: skip
+    if path is None or work is None:
+        loads, stores = machine_code.widths(blocks)
+        return Report(registers, spills, max(loads, default=None), max(stores, default=None), None)
+    per_element = path.instructions * threads / work.elements
+    return Report(registers, spills, path.load_bits, path.store_bits, per_element)
 
 
-def _count(widths: Iterator[int]) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    for width in widths:
-        counts[width] = counts.get(width, 0) + 1
-    return counts
+def _bits_per_thread(total_bytes: int | None, threads: int) -> int | None:
+    return None if total_bytes is None else 8 * total_bytes // threads
 
 
-def _read_nvidia(cubin: bytes) -> dict[str, Any]:
+def _read_nvidia(cubin: bytes) -> tuple[int, int, list[machine_code.Block]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-
-    def widths(instruction: str) -> Iterator[int]:
-        for line in re.finditer(rf"\b{instruction}\.(\S+)", code):
-            size = re.search(r"(?:^|\.)[US]?(8|16|64|128)(?:\.|$)", line[1])
-            yield int(size[1]) if size else 32
-
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, f"cuobjdump reported no registers: {usage}"
-    return {
-        "registers": int(registers[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "loads": _count(widths("LDG")),
-        "stores": _count(widths("STG")),
-    }
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return int(registers[1]), spills, machine_code.parse_sass(code)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -125,43 +124,34 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def _read_amd(assembly: str) -> dict[str, Any]:
-    sizes = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 64, "b64": 64}
-    sizes |= {"short": 16, "u16": 16, "b16": 16, "byte": 8, "u8": 8, "b8": 8, "ubyte": 8}
-    sizes |= {"ushort": 16}
-
-    def widths(instruction: str) -> Iterator[int]:
-        for line in re.finditer(rf"\b(?:global|buffer)_{instruction}_(\w+)", assembly):
-            yield next((sizes[part] for part in line[1].split("_") if part in sizes), 32)
-
+def _read_amd(assembly: str) -> tuple[int, int, list[machine_code.Block]]:
     def field(name: str) -> int:
         value = re.search(rf"\.{name}:\s+(\d+)", assembly)
         assert value, f"the assembly states no {name}"
         return int(value[1])
 
-    return {
-        "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "loads": _count(widths("load")),
-        "stores": _count(widths("store")),
-    }
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+    return field("vgpr_count"), spills, machine_code.parse_amdgcn(assembly)
+
+
+def serve() -> None:
+    """The other side of launch.compile_kernels: cases from standard input, kernels to output."""
+    target, cases = pickle.load(sys.stdin.buffer)
+    kernels = [read_ptx(compile_case(case, target)) for case in cases]
+    pickle.dump(kernels, sys.stdout.buffer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m verify.aot", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
-    parser.add_argument("--cases", nargs="+", help="names as in verify.cases; all without it")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.targets) - set(TARGETS))
     if unknown:
         parser.error(f"unknown targets: {', '.join(unknown)}; known: {', '.join(TARGETS)}")
     for target in arguments.targets or TARGETS:
-        cases = {case.name: case for case in cases_for(target)}
-        unknown = sorted(set(arguments.cases or ()) - set(cases))
-        if unknown:
-            parser.error(f"unknown cases: {', '.join(unknown)}; known: {', '.join(cases)}")
-        for name in arguments.cases or cases:
-            print(json.dumps(asdict(compile_for(cases[name], target))), flush=True)
+        for case in cases_for(target):
+            report = report_on(case, target, compile_case(case, target))
+            print(f"{target:8} {case.name:40} {report}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,80 +13,65 @@ from typing import Any
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "kernels"
-WARP_THREADS = {"gfx942": 64}
-# One variant of every kernel, for the tests that run each time.
+ROOT = Path(__file__).parents[2]
+# For the test that runs each time.
 REPRESENTATIVES = (
-    "grad_stats",
-    "grad_unscale",
-    "pack_bf16",
-    "sum",
-    "quantize_bf16_4bit",
-    "dequantize_bf16_4bit",
+    "grad_unscale fp32",
+    "split_master",
+    "quantize bf16 4bit G128",
+    "dequantize bf16 4bit G128",
     "pack_mask",
-    "unpack_mask",
 )
+_REPORT = """
+import json, sys
+from dataclasses import asdict
+from verify.budget import judge, read
+from verify.registry import cases_for
+from verify.rows import prove
+names = set(json.loads(sys.argv[2]))
+cases = [case for case in cases_for(sys.argv[1]) if case.name in names]
+rows = [prove(sys.argv[1], [case])[0][0] for case in cases]
+print(json.dumps([asdict(row) for row in rows]))
+print(json.dumps([str(problem) for problem in judge(cases, rows, read())]))
+"""
 
 
-def _python(program: list[str], cache: Path) -> str:
+def _python(program: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(KERNELS)}
-    done = subprocess.run(
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT / "kernels")}
+    return subprocess.run(
         [sys.executable, *program], env=environment, capture_output=True, text=True
     )
+
+
+def test_kernels_compile_within_their_budgets(tmp_path: Path) -> None:
+    done = _python(["-c", _REPORT, "sm_90", json.dumps(REPRESENTATIVES)], tmp_path)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def _moved_bytes(target: str, cache: Path) -> dict[str, tuple[int | None, int | None]]:
-    """What each case's wide paths read and write, from the case list itself."""
-    program = (
-        "import json; from verify.aot import cases_for; print(json.dumps("
-        f"{{c.name: (c.read_bytes, c.written_bytes) for c in cases_for({target!r})}}))"
-    )
-    return json.loads(_python(["-c", program], cache))
-
-
-def _check(report: dict[str, Any], read: int | None, written: int | None) -> None:
-    assert report["spills"] == 0, report
-    threads = 4 * WARP_THREADS.get(report["target"], 32)
-    for moved, counts in ((read, report["loads"]), (written, report["stores"])):
-        if moved is not None:
-            # Fewer than 16 bytes per thread cannot fill one wide access.
-            bits = min(128, 8 * moved // threads)
-            assert counts.get(str(bits), 0) * bits * threads >= 8 * moved, report
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_kernels_compile_without_spills_and_with_wide_accesses(target: str, tmp_path: Path) -> None:
-    moved = _moved_bytes(target, tmp_path)
-    lines = _python(["-m", "verify.aot", target, "--cases", *REPRESENTATIVES], tmp_path)
-    reports = [json.loads(line) for line in lines.splitlines()]
-    assert [report["kernel"] for report in reports] == list(REPRESENTATIVES)
-    for report in reports:
-        _check(report, *moved[report["kernel"]])
+    rows, problems = (json.loads(line) for line in done.stdout.splitlines())
+    found: dict[str, dict[str, Any]] = {f"{r['kernel']} {r['variant']}".strip(): r for r in rows}
+    assert sorted(found) == sorted(REPRESENTATIVES)
+    assert problems == []
+    for row in rows:
+        assert (row["compiled"], row["spills"]) == (True, 0), row
+        assert row["ptx_matches_reference"], row
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
 def test_every_variant_compiles(target: str, tmp_path: Path) -> None:
-    moved = _moved_bytes(target, tmp_path)
-    lines = _python(["-m", "verify.aot", target], tmp_path)
-    reports = [json.loads(line) for line in lines.splitlines()]
-    assert [report["kernel"] for report in reports] == list(moved)
-    for report in reports:
-        if target.startswith("sm_"):
-            _check(report, *moved[report["kernel"]])
-        else:
-            assert report["spills"] == 0, report
+    done = _python(["-m", "verify.aot", target], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_checks_see_narrow_access_and_spills() -> None:
-    report = {"target": "sm_90", "spills": 0, "loads": {"128": 4}, "stores": {"128": 2}}
-    _check(report, 4 * 16 * 128, 2 * 16 * 128)
-    with pytest.raises(AssertionError):
-        _check(report, 5 * 16 * 128, None)
-    with pytest.raises(AssertionError):
-        _check(report | {"stores": {"32": 8}}, None, 2 * 16 * 128)
-    with pytest.raises(AssertionError):
-        _check(report | {"spills": 1}, None, None)
+@pytest.mark.slow
+def test_every_variant_compiles_with_the_next_triton(tmp_path: Path) -> None:
+    """In the environment that `make verify-next` makes; it needs a network, so not here."""
+    python = Path(sys.prefix) / "triton-next" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"needs {python}, with the next Triton: run `make verify-next` once")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(
+        [python, "-m", "verify.aot"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

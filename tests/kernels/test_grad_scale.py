@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpmem_kernels import grad_scale_, grad_stats, grad_unscale_
 from dpmem_kernels.backend import Backend
-from dpmem_kernels.tensor_table import CHUNK
+from dpmem_kernels.tensor_table import CHUNK, CPU_CHUNK
 
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,12 +148,13 @@ def test_every_16_bit_pattern_is_scaled_exactly(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("position", [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK - 1, 2 * CHUNK, -1])
+@pytest.mark.parametrize("position", [0, 1, CHUNK - 1, CHUNK, CPU_CHUNK - 1, CPU_CHUNK, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_one_bad_value_anywhere_raises_the_flag(
-    backend: Backend, position: int, bad: float
+    backend: Backend, dtype: torch.dtype, position: int, bad: float
 ) -> None:
-    tensor = torch.ones(2 * CHUNK + 9, dtype=torch.bfloat16)
+    tensor = torch.ones(CPU_CHUNK + 9, dtype=dtype)
     tensor[position] = bad
     assert grad_stats([torch.ones(3), tensor], backend=backend).found_inf == 1
 
@@ -185,6 +186,14 @@ def test_lists_without_elements(backend: Backend) -> None:
     assert (nothing.sum_of_squares, nothing.found_inf) == (0.0, 0.0)
     assert grad_unscale_([], torch.tensor(2.0), backend=backend).sum_of_squares == 0
     grad_scale_([], torch.tensor(2.0), backend=backend)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 31, 127, CPU_CHUNK - 3, CPU_CHUNK + 3])
+def test_every_element_is_counted_once(size: int) -> None:
+    """Distinct powers of two would show an element that the four streams skip or read twice."""
+    values = 2.0 ** (torch.arange(size) % 10).float()
+    exact = values.double().square().sum()
+    assert grad_stats([values], backend="cpu").sum_of_squares == exact.float()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -251,6 +260,16 @@ def test_operators_are_well_formed(backend: Backend) -> None:
     torch.library.opcheck(torch.ops.dpmem.grad_stats.default, (tensors, backend))
     torch.library.opcheck(torch.ops.dpmem.grad_unscale_.default, (tensors, scale, backend))
     torch.library.opcheck(torch.ops.dpmem.grad_scale_.default, (tensors, scale, backend))
+
+
+def test_what_is_written_counts_as_modified() -> None:
+    """Autograd must notice when a tensor that it saved is overwritten."""
+    tensor, scale = torch.ones(2), torch.tensor(2.0)
+    grad_stats([tensor])
+    assert tensor._version == 0
+    grad_unscale_([tensor], scale)
+    grad_scale_([tensor], scale)
+    assert (tensor._version, scale._version) == (2, 0)
 
 
 def test_fake_tensors_on_a_gpu_that_is_not_here() -> None:

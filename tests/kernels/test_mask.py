@@ -1,4 +1,4 @@
-"""pack_mask and unpack_mask: lossless, with the same bytes from every backend.
+"""Packed masks: lossless, with the same bytes from every backend.
 
 And what both formats' operators, quantize's too, owe to those who watch operators go by: opcheck,
 fake tensors, the compiler, dispatch modes and subclasses.
@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpmem_kernels.backend import Backend
-from dpmem_kernels.mask import pack_mask, unpack_mask
-from dpmem_kernels.mask_triton import launch_pack_mask, launch_unpack_mask
-from dpmem_kernels.quantize import BITS, GROUP_SIZES, Noise, dequantize, quantize
+from dpmem_kernels.mask import pack_mask, pack_positive, unpack_mask
+from dpmem_kernels.mask_triton import launch_pack_mask, launch_pack_positive, launch_unpack_mask
+from dpmem_kernels.quantize import BITS, DTYPES, GROUP_SIZES, Noise, dequantize, quantize
 
 BACKENDS: tuple[Backend, ...] = ("reference", "cpu", "triton")
 NOISE = Noise(seed=1, stream=2, step=3, rank=4)
@@ -47,10 +47,47 @@ def test_any_size_at_any_address(numel: int, offset: int, seed: int) -> None:
         assert torch.equal(unpack_mask(expected, numel, backend=backend), mask)
 
 
+def _signed(numel: int, dtype: torch.dtype) -> Tensor:
+    """Of either sign: normal and denormal numbers, zeros, infinities and NaNs."""
+    x = torch.randn(numel).to(dtype)
+    special = torch.tensor([0.0, float("inf"), float("nan")]).to(dtype)
+    tiny = torch.finfo(dtype).tiny / 4
+    special = torch.cat((special, torch.full((1,), tiny, dtype=dtype)))
+    special = torch.cat((special, -special))
+    x[:: max(1, numel // 64)] = special.repeat(numel // 8 + 1)[: len(x[:: max(1, numel // 64)])]
+    return x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_relu_passes_gradients_where_pack_positive_says(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    for numel in SIZES:
+        x = _signed(numel, dtype).requires_grad_()
+        torch.relu(x).backward(torch.ones_like(x))
+        assert x.grad is not None
+        for saved in (x, torch.relu(x)):
+            bits = pack_positive(saved, backend=backend)
+            assert torch.equal(bits, pack_mask(x.grad == 1, backend="reference"))
+    assert pack_positive(-torch.ones(0, dtype=dtype), backend=backend).shape == (0,)
+
+
+@settings(max_examples=15, deadline=None)
+@given(numel=st.integers(1, 3000), offset=st.integers(0, 17), dtype=st.sampled_from(DTYPES))
+def test_floats_of_any_size_at_any_address(numel: int, offset: int, dtype: torch.dtype) -> None:
+    x = _signed(numel + offset, dtype)[offset:]
+    expected = pack_positive(x, backend="reference")
+    for backend in ("cpu", "triton"):
+        assert torch.equal(pack_positive(x, backend=backend), expected)
+
+
 def test_bits_follow_the_documented_layout() -> None:
     mask = torch.zeros(130, dtype=torch.bool)
     mask[[0, 1, 129]] = True
     assert pack_mask(mask, backend="reference").tolist() == [0b01, 0b11] + [0] * 126
+    x = torch.tensor([2.0, -0.0, float("nan"), -float("inf")])
+    assert pack_positive(x, backend="reference").tolist() == [1, 0, 1, 0] + [0] * 124
 
 
 @pytest.mark.parametrize("rows", [1, 4, 32])
@@ -62,9 +99,29 @@ def test_block_shape_changes_nothing(rows: int) -> None:
     launch_unpack_mask(bits, back, rows)
     assert torch.equal(bits, expected)
     assert torch.equal(back, mask)
+    x = _signed(9 * 1024 + 77, torch.float16)
+    launch_pack_positive(x, bits, rows)
+    assert torch.equal(bits, pack_positive(x, backend="reference"))
+
+
+def test_torch_threads_change_nothing() -> None:
+    x, before = _signed(300_000, torch.bfloat16), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bits = pack_positive(x, backend="cpu")
+        assert torch.equal(bits, pack_positive(x, backend="reference"))
+        mask = unpack_mask(bits, x.numel(), backend="cpu")
+        assert torch.equal(mask, ~(x <= 0))
+        assert torch.equal(pack_mask(mask, backend="cpu"), bits)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_mistakes_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"float16; received torch\.int8"):
+        pack_positive(torch.zeros(4, dtype=torch.int8))
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        pack_positive(torch.zeros(4, 4).t())
     with pytest.raises(TypeError, match=r"must be bool; received torch\.uint8"):
         pack_mask(torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="must be contiguous"):
@@ -77,6 +134,7 @@ def test_mistakes_are_refused() -> None:
 def test_mask_operators_pass_opcheck(backend: Backend) -> None:
     mask = torch.rand(3, 500) < 0.5
     torch.library.opcheck(torch.ops.dpmem.pack_mask.default, (mask, backend))
+    torch.library.opcheck(torch.ops.dpmem.pack_positive.default, (torch.randn(3, 50), backend))
     torch.library.opcheck(
         torch.ops.dpmem.unpack_mask.default, (pack_mask(mask), mask.numel(), backend)
     )

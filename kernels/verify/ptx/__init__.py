@@ -19,11 +19,12 @@ What is not modelled:
 
 Nothing here was compared with a GPU: the source is the PTX ISA manual.
 
-Files    parse.py (text to Program), machine.py (registers, divergence, run), memory.py,
+Files    parse.py (text to Program), machine.py (registers, divergence, run), memory.py, counts.py,
          operations.py (the table and its decorators), formats.py (rounding), and the operations
          themselves: integer.py, floating.py, convert.py, access.py, warp.py.
 """
 
+from .counts import Counts
 from .errors import (
     DivergenceError,
     MemoryFault,
@@ -33,7 +34,7 @@ from .errors import (
     UninitialisedRegister,
     UnsupportedInstruction,
 )
-from .machine import Counts, run
+from .machine import run
 from .memory import GlobalMemory
 from .parse import Program, parse
 

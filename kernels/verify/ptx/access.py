@@ -20,7 +20,6 @@ from .parse import Address, Instruction, Operand, Vector
 if TYPE_CHECKING:
     from .machine import Machine
 
-SECTOR_BYTES = 32
 _TYPES = ".b8|b16|b32|b64|u8|u16|u32|u64|s8|s16|s32|s64|f32|f64"
 _ORDER = "[.volatile|weak|relaxed|acquire|release] [.cta|cluster|gpu|sys]"
 _HINTS = (
@@ -103,15 +102,6 @@ def _locate(
     return machine.local, machine.local.locate(lanes, addresses, size_bytes, text=text)
 
 
-def _sectors(machine: "Machine", offsets: Array, active: Active) -> int:
-    """Distinct 32-byte sectors per warp, added up. An aligned access lies in one of them."""
-    touched = np.full(machine.num_lanes, -1, np.int64)
-    touched[machine.lanes(active)] = offsets // SECTOR_BYTES
-    warps = np.sort(touched.reshape(-1, 32), axis=1)
-    first = np.diff(warps, axis=1, prepend=-1) != 0
-    return int(np.count_nonzero(first))
-
-
 @operation(
     f"ld {_ORDER} .global|local|shared|shared::cta [.nc] {_HINTS} [.v2|v4|v8] {_TYPES}",
 )
@@ -124,7 +114,7 @@ def _ld(machine: "Machine", instruction: Instruction, active: Active) -> None:
     memory, offsets = _locate(machine, instruction, operand, size_bytes, active, writing=False)
     if memory is machine.memory:
         machine.counts.loads[size_bytes] += offsets.size
-        machine.counts.loaded_sectors += _sectors(machine, offsets, active)
+        machine.loaded.add(machine.block_of_lane[machine.lanes(active)], offsets)
     words = memory.load(offsets, bits, len(targets))
     for index, target in enumerate(targets):
         if active is None:
@@ -145,7 +135,7 @@ def _st(machine: "Machine", instruction: Instruction, active: Active) -> None:
     memory, offsets = _locate(machine, instruction, operand, size_bytes, active, writing=True)
     if memory is machine.memory:
         machine.counts.stores[size_bytes] += offsets.size
-        machine.counts.stored_sectors += _sectors(machine, offsets, active)
+        machine.stored.add(machine.block_of_lane[machine.lanes(active)], offsets)
     lanes = machine.lanes(active)
     words = [machine.spread(machine.read(e, f"b{bits}", active))[lanes] for e in elements]
     machine.require_defined(instruction, active)

@@ -222,9 +222,7 @@ def _bfi(instruction: Instruction, a: Array, b: Array, position: Array, length: 
     return (b & ~mask) | ((a << amount) & mask)
 
 
-@elementwise("prmt .b32")
-def _prmt(_: Instruction, a: Array, b: Array, selector: Array) -> Array:
-    """Four bytes chosen from b:a by the selector's nibbles; its bit 3 repeats the byte's sign."""
+def _permute(a: Array, b: Array, selector: Array) -> Array:
     both = (b.astype(np.uint64) << np.uint64(32)) | a
     permuted = np.zeros(1, np.uint32)
     for byte in range(4):
@@ -235,6 +233,27 @@ def _prmt(_: Instruction, a: Array, b: Array, selector: Array) -> Array:
         chosen = np.where(choice & np.uint32(8), sign, chosen)
         permuted = permuted | (chosen << np.uint32(8 * byte))
     return permuted
+
+
+@operation("prmt .b32")
+def _prmt(machine: "Machine", instruction: Instruction, active: Active) -> None:
+    """Four bytes chosen from b:a by the selector's nibbles; its bit 3 repeats the byte's sign.
+
+    Bytes that are not chosen may be undefined, and undefined bits move with their bytes.
+    """
+    destination, *sources, selector = instruction.operands
+    choice = machine.read(selector, "b32", active)
+    machine.require_defined(instruction, active)
+    values: list[Array] = []
+    taints: list[Array] = []
+    for source in sources:
+        machine.taint = None
+        values.append(machine.read(source, "b32", active))
+        taint = np.zeros(1, np.uint64) if machine.taint is None else machine.taint
+        taints.append(taint.astype(np.uint32))
+    undefined = _permute(taints[0], taints[1], choice).astype(np.uint64)
+    machine.taint = machine.spread(undefined) if undefined.any() else None
+    machine.write(destination, _permute(values[0], values[1], choice), active, precise=True)
 
 
 @elementwise("lop3 .b32")
@@ -260,36 +279,44 @@ _COMPARE = {
     "hs": np.greater_equal,
 }
 _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+_FLOAT_COMPARISONS = "eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|num|nan"
 _BOOLEANS = "[.and|or|xor]"
+
+
+def _compared(instruction: Instruction, left: Array, right: Array) -> Array:
+    """The comparison that the instruction's first modifier names."""
+    comparison = instruction.modifiers[0]
+    if "ftz" in instruction.modifiers:
+        left, right = flush_denormals(left), flush_denormals(right)
+    if left.dtype.kind != "f":
+        return _COMPARE[comparison](left, right)
+    unordered = np.isnan(left) | np.isnan(right)
+    if comparison in ("num", "nan"):
+        return unordered if comparison == "nan" else ~unordered
+    if comparison in _COMPARE:
+        return _COMPARE[comparison](left, right) & ~unordered
+    return _COMPARE[comparison[:-1]](left, right) | unordered
 
 
 @operation(
     f"setp .eq|ne|lt|le|gt|ge|lo|ls|hi|hs {_BOOLEANS} .b16|b32|b64|u16|u32|u64|s16|s32|s64",
-    f"setp .eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|num|nan {_BOOLEANS} [.ftz] .f16|bf16|f32|f64",
+    f"setp .{_FLOAT_COMPARISONS} {_BOOLEANS} [.ftz] .f32",
+    f"setp .{_FLOAT_COMPARISONS} {_BOOLEANS} .f16|bf16|f64|f16x2|bf16x2",
 )
 def _setp(machine: "Machine", instruction: Instruction, active: Active) -> None:
     """p = a cmp b, and q = not that; either is then combined with a predicate c by .and|or|xor.
 
-    With a NaN the plain comparisons are false and those ending in u true; .num asks for none.
+    Of packed halves p compares the lower and q the upper ones. With a NaN the plain comparisons are
+    false and those ending in u true; .num asks for none.
     """
-    comparison = instruction.modifiers[0]
     combined = instruction.modifiers[1] in _COMBINE
     *destinations, a, b = instruction.operands[:-1] if combined else instruction.operands
     own = instruction.type
-    left, right = (decode(own, machine.read(operand, own, active))[0] for operand in (a, b))
-    if "ftz" in instruction.modifiers:
-        left, right = flush_denormals(left), flush_denormals(right)
-    if left.dtype.kind == "f":
-        unordered = np.isnan(left) | np.isnan(right)
-        if comparison in ("num", "nan"):
-            result = unordered if comparison == "nan" else ~unordered
-        elif comparison in _COMPARE:
-            result = _COMPARE[comparison](left, right) & ~unordered
-        else:
-            result = _COMPARE[comparison[:-1]](left, right) | unordered
-    else:
-        result = _COMPARE[comparison](left, right)
-    for destination, value in zip(destinations, (result, ~result), strict=False):
+    left, right = (decode(own, machine.read(operand, own, active)) for operand in (a, b))
+    results = [_compared(instruction, *halves) for halves in zip(left, right, strict=True)]
+    if not own.endswith("x2"):
+        results.append(~results[0])
+    for destination, value in zip(destinations, results, strict=False):
         if combined:
             third = machine.read(instruction.operands[-1], "pred", active)
             value = _COMBINE[instruction.modifiers[1]](value, third)

@@ -12,14 +12,13 @@ stored value raises.
 
 import math
 import numbers
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
 from . import access, convert, floating, integer, warp  # noqa: F401  (they fill the table)
+from .counts import Counts, Footprint
 from .errors import ParseError, UninitialisedRegister, UnsupportedInstruction
 from .formats import DTYPES, UNSIGNED, Array, bits_of
 from .memory import Banks, GlobalMemory
@@ -31,39 +30,6 @@ WARP_SIZE = 32
 BATCH_THREADS = 16384
 _NO_BIT = np.uint64(0)
 _BRANCHES = ("bra", "ret", "exit")
-
-
-@dataclass
-class Counts:
-    """What a run executed.
-
-    `loads`, `stores` and `atomics` map the width of a global-memory access in bytes to how many
-    threads made one; threads masked off are not counted. `loaded_sectors` and `stored_sectors` are
-    the distinct 32-byte sectors that each warp's access touches, added up: what a multiprocessor
-    asks of L2. 32 * loaded_sectors equals loaded_bytes where accesses are coalesced and whole, is
-    less where threads of a warp read the same bytes and more where they leave bytes unused.
-    `instructions` are PTX instructions times the threads that reached them, predicated off or not:
-    what occupies issue slots.
-    """
-
-    loads: Counter[int] = field(default_factory=Counter)
-    stores: Counter[int] = field(default_factory=Counter)
-    atomics: Counter[int] = field(default_factory=Counter)
-    loaded_sectors: int = 0
-    stored_sectors: int = 0
-    instructions: int = 0
-
-    @property
-    def loaded_bytes(self) -> int:
-        return sum(width * count for width, count in self.loads.items())
-
-    @property
-    def stored_bytes(self) -> int:
-        return sum(width * count for width, count in self.stores.items())
-
-    @property
-    def atomic_bytes(self) -> int:
-        return sum(width * count for width, count in self.atomics.items())
 
 
 class Machine:
@@ -91,6 +57,7 @@ class Machine:
         self.shared = Banks("shared", blocks.size, bank_bytes["shared"])
         self.local = Banks("local", self.num_lanes, bank_bytes["local"])
         self.counts = counts
+        self.loaded, self.stored = Footprint(), Footprint()
         self._symbols = symbols
         self._program = program
         self._registers = self._special_registers(blocks, grid)
@@ -212,11 +179,13 @@ class Machine:
         return np.broadcast_to(value, (self.num_lanes,))
 
     def execute(self, operations: list[Execute]) -> None:
-        """Runs every thread to its end."""
+        """Runs every thread to its end and counts what the blocks touched."""
         waiting = {0: self.live.copy()}
         while waiting:
             position = min(waiting)
             self._advance(position, waiting.pop(position), waiting, operations)
+        self.counts.distinct_loaded_sectors += self.loaded.distinct()
+        self.counts.distinct_stored_sectors += self.stored.distinct()
 
     def _advance(
         self, position: int, reached: Array, waiting: dict[int, Array], operations: list[Execute]

@@ -220,6 +220,7 @@ UNDEFINED = "setp.lt.u32 %p1, %index1, 8; @%p1 mov.u32 %r1, 5;"
         "mov.b64 %q1, {%r1, %index1}; mov.b64 {%x, _}, %q1;",
         "mov.b64 %q1, {%r1, %index1}; add.u64 %q1, %q1, 1; mov.b64 {_, %x}, %q1;",
         "mov.u32 %x, 1; redux.sync.add.s32 %x, %r1, -1;",
+        "prmt.b32 %x, %r1, %index1, 0x4440;",
     ],
 )
 def test_what_comes_of_an_undefined_register_raises(execute, use):
@@ -235,6 +236,7 @@ def test_what_comes_of_an_undefined_register_raises(execute, use):
         ("mov.b64 %q1, {%index1, %r1}; cvt.u32.u64 %x, %q1;", LANE),
         ("mov.b64 %q1, {%index1, %r1}; add.f32x2 %q1, %q1, %q1; mov.b64 {%x, _}, %q1;", 2 * LANE),
         ("add.u32 %r2, %r1, 1; mov.u32 %r2, %index1; mov.u32 %x, %r2;", LANE),
+        ("prmt.b32 %r2, %r1, %index1, 0x1044; prmt.b32 %x, %r2, 0, 0x4410;", LANE * 257),
         ("@!%p1 mov.u32 %r1, 6; mov.u32 %x, %r1;", np.where(LANE < 8, 5, 6)),
     ],
 )

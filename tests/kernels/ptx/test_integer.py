@@ -302,3 +302,19 @@ def test_selp_keeps_nan_bits(execute):
 def test_what_is_unknown_raises_by_name(execute, body):
     with pytest.raises(UnsupportedInstruction, match=body.split()[0].replace(".", r"\.")):
         execute(body, np.zeros(1, np.uint32))
+
+
+@pytest.mark.parametrize("type_name", ["f16x2", "bf16x2"])
+def test_setp_of_halves(execute, type_name):
+    # 1.0 has these bits in fp16 and in bf16, and 0xffff is a NaN in both.
+    one = {"f16x2": 0x3C00, "bf16x2": 0x3F80}[type_name]
+    halves = [(0, one), (one, 0), (0xFFFF, one), (0x8000, 0)]
+    a = np.array([low | high << 16 for low, high in halves], np.uint32)
+    for comparison, low, high in (
+        ("gt", [0, 1, 0, 0], [1, 0, 1, 0]), ("gtu", [0, 1, 1, 0], [1, 0, 1, 0]),
+        ("eq", [1, 0, 0, 1], [0, 1, 0, 1]), ("nan", [0, 0, 1, 0], [0, 0, 0, 0]),
+    ):  # fmt: skip
+        body = f"setp.{comparison}.{type_name} %p1|%p2, %a, 0; "
+        for predicate, want in (("%p1", low), ("%p2", high)):
+            got = execute(f"{body} selp.b32 %x, 1, 0, {predicate};", a)
+            np.testing.assert_array_equal(got, want, err_msg=f"{comparison} {predicate}")

@@ -67,23 +67,26 @@ def test_vectors_copy_their_bytes_and_are_counted(vector, bits):
     ("index", "words", "sectors"),
     [
         ("mov.u32 %r1, 0;", 1, 1),
-        ("mov.u32 %r1, %r0;", 1, 4),
-        ("xor.b32 %r1, %r0, 31;", 1, 4),
-        ("shl.b32 %r1, %r0, 3;", 1, 32),
-        ("shr.u32 %r1, %r0, 1;", 1, 2),
-        ("shl.b32 %r1, %r0, 2;", 4, 16),
+        ("mov.u32 %r1, %r0;", 1, 8),
+        ("xor.b32 %r1, %r0, 31;", 1, 8),
+        ("shl.b32 %r1, %r0, 3;", 1, 64),
+        ("shr.u32 %r1, %r0, 1;", 1, 4),
+        ("shl.b32 %r1, %r0, 2;", 4, 32),
+        ("and.b32 %r1, %r0, 60;", 4, 8),
     ],
 )
-def test_sectors_are_what_a_warp_touches(index, words, sectors):
+def test_a_sector_counts_once_in_each_block(index, words, sectors):
     registers = ", ".join(f"%r{2 + i}" for i in range(words))
     value = f"{{{registers}}}" if words > 1 else registers
     suffix = f".v{words}" if words > 1 else ""
     body = f"""{index} mad.wide.u32 %rd5, %r1, 4, %rd0; ld.global{suffix}.b32 {value}, [%rd5];
-        setp.lt.u32 %p1, %r0, 1; @%p1 st.global{suffix}.b32 [%rd5], {value};"""
+        ld.global.b32 %r9, [%rd5]; setp.lt.u32 %p1, %r0, 1; @%p1 st.global.b32 [%rd5], %r9;"""
     counts = run(program(body, ["u64"], threads=64), (2,), [np.zeros(512, np.uint32)])
-    # Two warps in each of two blocks; the second warp of a block reads on from where it starts.
-    assert counts.loaded_sectors == 4 * sectors
-    assert counts.stored_sectors == 2
+    # Both blocks read the same places, twice, and one thread of each writes four bytes.
+    assert counts.distinct_loaded_sectors == 2 * sectors
+    assert counts.loaded_bytes == 2 * 64 * (4 * words + 4)
+    assert counts.distinct_stored_sectors == 2
+    assert counts.distinct_bytes == 32 * (2 * sectors + 2)
 
 
 def test_masked_threads_neither_move_nor_count():
