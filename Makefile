@@ -4,12 +4,16 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := dpmem kernels profiling tests examples
 
-.PHONY: setup demo test test-all lint clean
+next := $(VENV)/triton-next
+# Whole files, so that what a file compiles once is compiled once.
+parallel := --numprocesses 2 --dist loadfile
+
+.PHONY: setup demo test test-all verify verify-next bench lint clean
 
 setup: $(VENV)/.ready
 
 # torch first and alone, so that nothing else decides which one; then the rest against the pins.
-# The last line compiles numba's CPU loops into their cache: about half a minute, once.
+# The last line compiles numba's CPU loops into their cache: a minute or two, once.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -21,10 +25,30 @@ demo: setup
 	$(bin)/dpmem demo
 
 test: setup
-	$(bin)/python -m pytest -q
+	$(bin)/python -m pytest -q $(parallel)
 
 test-all: setup
-	$(bin)/python -m pytest -q -m "slow or not slow"
+	$(bin)/python -m pytest -q $(parallel) -m "slow or not slow"
+
+# Every kernel beside what people use instead, in paired runs: writes reports/bench/kernels-*.
+bench: setup
+	PYTHONPATH=kernels $(bin)/python -m bench --threads 1 2
+
+# What a machine without a GPU can prove of the kernels, every one for every target: writes
+# reports/kernels/verify.json and the table in kernels/README.md. Minutes; uses every core.
+verify: setup
+	PYTHONPATH=kernels $(bin)/python -m verify
+
+# The Triton after ours, in an environment of its own (it needs a network once): every kernel has to
+# compile with it. `make test-all` does the same wherever that environment has been made.
+verify-next: $(next)/.ready
+	PYTHONPATH=kernels $(next)/bin/python -m verify.aot
+
+$(next)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(next)
+	$(next)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+	$(next)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.9.0
+	touch $@
 
 lint: setup
 	$(bin)/ruff check $(sources)
