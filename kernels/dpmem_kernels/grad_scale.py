@@ -9,7 +9,8 @@ Traffic  grad_stats reads itemsize * n bytes; grad_unscale_ and grad_scale_ read
          first call for a list of sizes builds and uploads its chunk table.
 Error    y is bit-exact on every backend (which NaN a NaN becomes is not specified).
          Sums add per chunk (tensor_table.py), then over chunks in float64, in an order that depends
-         on the sizes and, on triton, on which tensors' addresses 16 divides (torch's do). With CHUNK = 4096 elements and u = 2^-24, relative error
+         on the sizes and, on triton, on which tensors' addresses 16 divides (torch's own do). With
+         CHUNK = 4096 elements and u = 2^-24, relative error
              triton              at most (CHUNK + 2) u, and CHUNK/128 + 13 u as the tile is laid
                                  out; squares below 2^-126 lose up to 2^-150 each
              cpu, reference      at most u + n 2^-53
