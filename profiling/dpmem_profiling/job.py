@@ -125,12 +125,24 @@ def build(job: Job, device: torch.device) -> Built:
 
     Raises InvalidJob where a factory returns something else than it promises.
     """
+    return equip(job, build_model(job).to(device).train())
+
+
+def build_model(job: Job) -> nn.Module:
+    """The job's model, wherever its factory puts it. Raises InvalidJob where it is not one."""
     model = job.model()
     if not isinstance(model, nn.Module):
         raise InvalidJob(
             f"Job.model must return an nn.Module; got {type(model).__name__}. Return the model."
         )
-    model = model.to(device).train()
+    return model
+
+
+def equip(job: Job, model: nn.Module) -> Built:
+    """Give a model on its device the job's optimizer and wrapper.
+
+    Raises InvalidJob where `wrap` returns something else than it promises.
+    """
     optimizer = None if job.optimizer is None else job.optimizer(model.parameters())
     if job.wrap is None:
         return Built(model, optimizer)

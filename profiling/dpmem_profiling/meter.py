@@ -12,23 +12,24 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
 
 from dpmem_profiling import nvml
 from dpmem_profiling.attribution import Attribution, Owned
-from dpmem_profiling.job import Built, Job, Phase, StepContext, build, make_batch, run_step
-from dpmem_profiling.record import Category, MemoryRecord, TensorAtPeak
-from dpmem_profiling.timeline import Replay, replay
+from dpmem_profiling.job import Built, Job, StepContext, build, make_batch, run_step
+from dpmem_profiling.record import Category, MemoryRecord
+from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
+from dpmem_profiling.timeline import largest_at_peak, replay
 from dpmem_profiling.tracker import MemoryTracker
 from dpmem_profiling.units import format_bytes
 
 # Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
 CUDA_BLOCK_BYTES = 512
-TENSORS_AT_PEAK = 20
 
 
 def measure(
@@ -106,18 +107,19 @@ def _measure(
         tracker.stage = "building the model"
         built = build(job, device)
         tracker.module_names = {id(module): name for name, module in built.model.named_modules()}
-        run = _Runner(job, built, batch_size, device, tracker, attribution)
-        with _raw_gradients_claimed(built, attribution):
-            for step in range(warmup_steps):
-                tracker.stage = f"warm-up step {step + 1}"
-                run.step()
+        stepper = Stepper(job, built, device, tracker, attribution)
+        fresh_batch = partial(make_batch, job, batch_size, device)
+        with raw_gradients_claimed(built, attribution):
+            for number in range(warmup_steps):
+                tracker.stage = f"warm-up step {number + 1}"
+                stepper.step(fresh_batch)
             tracker.stage = "the recorded step"
             gc.collect()
             before = len(tracker.changes)
             live_at_start, start_s = tracker.live(), perf_counter()
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats(device)
-            run.step()
+            stepper.step(fresh_batch)
             changes, persistent = tracker.changes[before:], tracker.live()
     allocator = _cuda_peaks(device, outside_bytes) if on_cuda else None
     replayed = replay(live_at_start, changes, attribution.category_of, start_s=start_s)
@@ -155,88 +157,23 @@ def _measure(
         peak_by_phase=replayed.peak_by_phase,
         persistent_bytes={name: size for name, size in persistent_bytes.items() if size},
         timeline=replayed.points,
-        tensors_at_peak=_largest(replayed, tracker, attribution),
-        step_s=run.timed_step(),
+        tensors_at_peak=largest_at_peak(replayed, tracker.storages, attribution.category_of),
+        step_s=_timed_step(job, built, batch_size, device),
         notes=tuple(notes),
     )
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """Runs the job's steps, one fresh batch each, and has the attribution look at every edge."""
-
-    job: Job
-    built: Built
-    batch_size: int
-    device: torch.device
-    tracker: MemoryTracker
-    attribution: Attribution
-
-    def step(self) -> None:
-        """One step under the tracker. The batch is made and gone within."""
-        self.attribution.claim_model(self.built)
-        self.attribution.between_steps()
-        with self.tracker.in_phase(None):
-            batch = make_batch(self.job, self.batch_size, self.device)
-            self.attribution.claim_batch(batch)
-            model, optimizer = self.built
-            run_step(self.job, StepContext(model, batch, optimizer, self.device, self._phase))
-            del batch
-        self.attribution.claim_model(self.built)
-        self.attribution.between_steps()
-
-    def timed_step(self) -> float:
-        """One step with nothing watching, in seconds; the batch is made beforehand."""
-        batch = make_batch(self.job, self.batch_size, self.device)
-        model, optimizer = self.built
-        context = StepContext(model, batch, optimizer, self.device)
-        synchronize: Callable[[], None] = (
-            (lambda: torch.cuda.synchronize(self.device))
-            if self.device.type == "cuda"
-            else (lambda: None)
-        )
-        synchronize()
-        start_s = perf_counter()
-        run_step(self.job, context)
-        synchronize()
-        return perf_counter() - start_s
-
-    @contextmanager
-    def _phase(self, name: Phase) -> Iterator[None]:
-        with self.tracker.in_phase(name):
-            yield
-            if name == "forward":
-                self.attribution.end_of_forward()
-            if name != "zero_grad":
-                self.attribution.claim_model(self.built)
-
-
-@contextmanager
-def _raw_gradients_claimed(built: Built, attribution: Attribution) -> Iterator[None]:
-    """Claim gradients as backward produces them: a wrapper may drop them before backward ends."""
-    with ExitStack() as undo:
-        for parameter in built.model.parameters():
-            if parameter.requires_grad:
-                handle = parameter.register_hook(attribution.claim_gradient)
-                undo.callback(handle.remove)
-        yield
-
-
-def _largest(
-    replayed: Replay, tracker: MemoryTracker, attribution: Attribution
-) -> tuple[TensorAtPeak, ...]:
-    by_size = sorted(replayed.live_at_peak.items(), key=lambda item: -item[1])
-    return tuple(
-        TensorAtPeak(
-            size_bytes=size_bytes,
-            shape=tracker.storages[number].shape,
-            dtype=tracker.storages[number].dtype,
-            category=attribution.category_of(number),
-            module=tracker.storages[number].module,
-            op=tracker.storages[number].op,
-        )
-        for number, size_bytes in by_size[:TENSORS_AT_PEAK]
+def _timed_step(job: Job, built: Built, batch_size: int, device: torch.device) -> float:
+    """One step with nothing watching, in seconds; the batch is made beforehand."""
+    context = StepContext(built.model, make_batch(job, batch_size, device), built.optimizer, device)
+    synchronize: Callable[[], None] = (
+        (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     )
+    synchronize()
+    start_s = perf_counter()
+    run_step(job, context)
+    synchronize()
+    return perf_counter() - start_s
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from dpmem_profiling.record import Category, TimelinePoint
-from dpmem_profiling.tracker import Change
+from dpmem_profiling.record import Category, TensorAtPeak, TimelinePoint
+from dpmem_profiling.tracker import Change, StorageInfo
 
 MAX_POINTS = 400
+TENSORS_AT_PEAK = 20
 # What of a step is in none of its phases.
 OUTSIDE = "outside"
 
@@ -82,6 +83,24 @@ def replay(
         peak_by_phase=phase_peaks,
         live_at_peak=_live_after(live_at_start, changes[:peak_event]),
         points=tuple(points),
+    )
+
+
+def largest_at_peak(
+    replayed: Replay, storages: Sequence[StorageInfo], category_of: Callable[[int], Category]
+) -> tuple[TensorAtPeak, ...]:
+    """The largest storages that were live at the peak, largest first."""
+    by_size = sorted(replayed.live_at_peak.items(), key=lambda item: -item[1])
+    return tuple(
+        TensorAtPeak(
+            size_bytes=size_bytes,
+            shape=storages[number].shape,
+            dtype=storages[number].dtype,
+            category=category_of(number),
+            module=storages[number].module,
+            op=storages[number].op,
+        )
+        for number, size_bytes in by_size[:TENSORS_AT_PEAK]
     )
 
 
