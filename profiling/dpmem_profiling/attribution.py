@@ -28,6 +28,7 @@ class Attribution:
     """Collects claims on a tracker's storages, then answers `category_of(number)`.
 
     What nobody claims is, in this order:
+    - taken by an operator for itself: "workspace";
     - alive between steps: "bucket" where the job has a `wrap` (memory that the wrapper holds for
       itself, such as DistributedDataParallel's C++ buckets), else "unknown";
     - made in a forward phase and alive at its end: "activation";
@@ -46,6 +47,8 @@ class Attribution:
         """The category of the storage with this number."""
         if number in self._claims:
             return self._claims[number][1]
+        if number in self._tracker.workspaces:
+            return "workspace"
         if number in self._between_steps:
             return self._unclaimed
         return "activation" if number in self._activations else "temporary"

@@ -18,11 +18,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 Architecture = tuple[int, int]
@@ -69,16 +71,18 @@ def cuda_semantics(architecture: Architecture | None) -> Iterator[None]:
         undo.callback(library._destroy)
         with warnings.catch_warnings():
             # Some of the CPU's own rules are overridden: that is the point.
-            warnings.filterwarnings("ignore", message=".*Overriding a previously registered")
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
             library.impl("dropout", _dropout, "AutogradCPU")
             library.impl("scaled_dot_product_attention", _attention(architecture), "AutogradCPU")
             _register_autocast(library)
         undo.enter_context(_autocast_cuda_as_cpu())
+        # torch.optim deletes the module's name from its own.
+        optimizers = import_module("torch.optim.optimizer")
         name = "_get_foreach_kernels_supported_devices"
-        devices = getattr(torch.optim.optimizer, name)()
-        undo.enter_context(
-            mock.patch.object(torch.optim.optimizer, name, return_value=[*devices, "cpu"])
-        )
+        devices = [*getattr(optimizers, name)(), "cpu"]
+        undo.enter_context(mock.patch.object(optimizers, name, return_value=devices))
+        types = [*optimizers._foreach_supported_types, FakeTensor]
+        undo.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", types))
         yield
 
 

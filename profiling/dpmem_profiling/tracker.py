@@ -15,7 +15,7 @@ signals.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -79,6 +79,11 @@ class StorageInfo:
     op: str | None
 
 
+# (operator, arguments, result) -> what the operator allocates beside its results: bytes, and
+# whether that stays allocated afterwards.
+Scratch = Callable[[Any, Any, Any], Iterable[tuple[int, bool]]]
+
+
 class MemoryTracker(TorchDispatchMode):
     """Record every storage on `device` from `with tracker:` to its end.
 
@@ -88,14 +93,24 @@ class MemoryTracker(TorchDispatchMode):
     descriptions.
 
     Inside the block any operator raises MemoryLimitExceeded when the live bytes are more than
-    `limit_bytes`.
+    `limit_bytes`. `scratch` tells of memory that operators take for themselves, where that is
+    known; its numbers are in `workspaces`.
     """
 
-    def __init__(self, device: torch.device, *, block_bytes: int, limit_bytes: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        block_bytes: int,
+        limit_bytes: int | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
         super().__init__()
         self.device = device
         self.block_bytes = block_bytes
         self.limit_bytes = limit_bytes
+        self.scratch = scratch
+        self.workspaces: set[int] = set()
         self.storages: list[StorageInfo] = []
         self.changes: list[Change] = []
         self.live_bytes = 0
@@ -107,6 +122,7 @@ class MemoryTracker(TorchDispatchMode):
         # does; the weak reference tells a new object at an old address from the old one.
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._undo = ExitStack()
+        self._paused = False
 
     def __enter__(self) -> MemoryTracker:
         for handle in (
@@ -129,11 +145,37 @@ class MemoryTracker(TorchDispatchMode):
             # The subclass (DTensor, ...) runs first; the operators on its parts come back here.
             return NotImplemented
         result = func(*args, **(kwargs or {}))
+        if self._paused:
+            return result
+        passing = [] if self.scratch is None else self._scratch(self.scratch, func, args, result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not self._is_foreign(leaf, (args, kwargs)):
                 self._see(leaf, func)
+        for number in passing:
+            self._resize(number, 0)
         self._check_limit(func)
         return result
+
+    def _scratch(self, scratch: Scratch, func: Any, args: Any, result: Any) -> list[int]:
+        """Register what an operator takes beside its results; return what it gives back after."""
+        passing = []
+        for size_bytes, stays in scratch(func, args, result):
+            number = len(self.storages)
+            self.storages.append(
+                StorageInfo(
+                    size_bytes=0,
+                    shape=(size_bytes,),
+                    dtype="uint8",
+                    phase=self.phase,
+                    module=self._running[-1] if self._running else None,
+                    op=str(func.overloadpacket),
+                )
+            )
+            self.workspaces.add(number)
+            self._resize(number, size_bytes)
+            if not stays:
+                passing.append(number)
+        return passing
 
     def see(self, tensor: Tensor) -> list[int]:
         """Take note of a tensor that no tracked operator made; return its storages' numbers."""
@@ -142,6 +184,15 @@ class MemoryTracker(TorchDispatchMode):
     def live(self) -> dict[int, int]:
         """The live storages' numbers and bytes, right now."""
         return {number: self.storages[number].size_bytes for _, number in self._live.values()}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block, what comes to life is not this device's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     @contextmanager
     def in_phase(self, phase: str | None) -> Iterator[None]:
@@ -176,9 +227,10 @@ class MemoryTracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, func: Any) -> list[int]:
         numbers = []
         for part in _parts(tensor):
-            storage = part.untyped_storage()
-            if storage.device != self.device:
+            # Not the storage's: a fake tensor's is on the meta device.
+            if part.device != self.device:
                 continue
+            storage = part.untyped_storage()
             entry = self._live.get(id(storage))
             if entry is not None and entry[0]() is storage:
                 number = entry[1]

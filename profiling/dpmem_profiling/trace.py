@@ -1,0 +1,195 @@
+"""A training step without data and without a GPU: what it would allocate, in order.
+
+The job's own code runs on fake tensors, which have shapes and no memory, under the tracker that
+also measures real steps. What CUDA does differently from the CPU is in `cuda_semantics` and
+`cuda_scratch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from dpmem_profiling.attribution import Attribution, Owned
+from dpmem_profiling.cuda_scratch import CudaScratch
+from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
+from dpmem_profiling.job import Job, build_model, equip, make_batch
+from dpmem_profiling.record import Category
+from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
+from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
+
+# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
+CUDA_BLOCK_BYTES = 512
+# The first makes the optimizer's state, the second runs with it, the third finds the blocks that
+# the second left behind: from then on steps were seen to repeat.
+STEPS = 3
+
+_CPU = torch.device("cpu")
+
+
+class Untraceable(ValueError):  # noqa: N818 - reads as what it is
+    """A job whose step needs data, or does what fake tensors cannot: says what and what to do."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every allocation and release from the model's arrival on the device to the last step's end.
+
+    storages     what was allocated, by number; `categories` in the same order
+    changes      gains and losses of the storages, in order, and the edges of phases
+    step_starts  index into `changes` where each step begins; what is before is building
+    notes        sentences a reader needs to judge the figures
+    """
+
+    name: str
+    batch_size: int
+    storages: tuple[StorageInfo, ...]
+    categories: tuple[Category, ...]
+    changes: tuple[Change, ...]
+    step_starts: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def trace(
+    job: Job,
+    batch_size: int,
+    *,
+    architecture: Architecture | None,
+    cublas_workspace_bytes: int,
+    steps: int = STEPS,
+    owned: Owned | None = None,
+    around: AbstractContextManager[Any] | None = None,
+) -> Trace:
+    """Run `steps` steps of `job` on fake tensors as the GPU would run them.
+
+    architecture            compute capability, as (8, 6); None for a GPU that has none
+    cublas_workspace_bytes  of one cuBLAS handle
+    owned                   as for `measure`
+    around                  entered while the job is built and runs: a fake process group, say
+
+    Raises InvalidJob where a factory of the job breaks its promise, Untraceable where its step
+    needs data, and whatever the job raises.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    scratch = CudaScratch(cublas_workspace_bytes)
+    tracker = MemoryTracker(_CPU, block_bytes=CUDA_BLOCK_BYTES, scratch=scratch)
+    attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
+    placeholders = _Placeholders(tracker)
+    with torch.random.fork_rng(devices=[]), around or nullcontext(), cuda_semantics(architecture):
+        model = _fake_model(job, mode).train()
+        with mode, _data_needed_is_said(), placeholders, tracker:
+            for tensor in _in_order_of_arrival(model):
+                tracker.see(tensor)
+            built = equip(job, model)
+            tracker.module_names = {
+                id(module): name for name, module in built.model.named_modules()
+            }
+            stepper = Stepper(job, built, _CPU, tracker, attribution)
+            starts = []
+            with raw_gradients_claimed(built, attribution):
+                for _ in range(steps):
+                    starts.append(len(tracker.changes))
+                    stepper.step(lambda: _fake_batch(job, batch_size, mode, tracker))
+    return Trace(
+        name=job.name,
+        batch_size=batch_size,
+        storages=tuple(tracker.storages),
+        categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
+        changes=tuple(tracker.changes),
+        step_starts=tuple(starts),
+        notes=placeholders.notes(),
+    )
+
+
+def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
+    """The job's model with fake parameters.
+
+    Built under the mode, where that allocates nothing. Some constructors compute with the values of
+    tensors: those are built for real, once.
+    """
+    try:
+        with mode:
+            return build_model(job)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        model = build_model(job)
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tables:
+            for name, tensor in held.items():
+                if tensor is not None and not isinstance(tensor, FakeTensor):
+                    held[name] = mode.from_tensor(tensor)
+    return model
+
+
+def _in_order_of_arrival(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers in the order in which Module.to moves them, children first."""
+    for child in model.children():
+        yield from _in_order_of_arrival(child)
+    for held in (model._parameters, model._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def _fake_batch(job: Job, batch_size: int, mode: FakeTensorMode, tracker: MemoryTracker) -> Any:
+    """The job's batch, as tensors that arrive on the device one after the other."""
+    with tracker.paused():
+        batch = make_batch(job, batch_size, _CPU)
+
+    def arrive(tensor: Tensor) -> Tensor:
+        with tracker.paused():
+            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        tracker.see(copy)
+        return copy
+
+    return tree_map_only(Tensor, arrive, batch)
+
+
+class _Placeholders(TorchDispatchMode):
+    """Answers for `.item()`, which loops call to log a loss: a number, and a note of it."""
+
+    def __init__(self, tracker: MemoryTracker) -> None:
+        super().__init__()
+        self._tracker = tracker
+        self._asked = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if self._tracker.phase != "step":
+                # Optimizers read their own step counters.
+                self._asked += 1
+            dtype = args[0].dtype
+            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+    def notes(self) -> tuple[str, ...]:
+        if not self._asked:
+            return ()
+        return (
+            f"The steps asked {self._asked} times for a tensor's value (.item()) and were told 1 "
+            "(True for a bool): if they decide by it, the forecast is of that decision.",
+        )
+
+
+@contextmanager
+def _data_needed_is_said() -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise Untraceable(
+            "a forecast runs the step without data, so no shape or decision may depend on values; "
+            f"{error.func} does. Measure this job on its GPU, or give a Job.step without it."
+        ) from error
