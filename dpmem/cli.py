@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -24,14 +22,13 @@ from dpmem.jobs import (
     measure_job,
 )
 from dpmem.targets import TargetError, describe, load_job
+from dpmem.top import top
 from dpmem.units import parse_bytes
 from dpmem_profiling import (
     BatchSizeResult,
     InvalidJob,
     MemoryRecord,
-    NvmlUnavailable,
     Probe,
-    device_memory,
     format_bytes,
     terminal_table,
     write_report,
@@ -72,6 +69,9 @@ def cli(context: click.Context) -> None:
     """Train the biggest batch that fits, and know beforehand what fits."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+cli.add_command(top)
 
 
 @cli.command()
@@ -186,26 +186,6 @@ def report_command(target: str, batch: int, out: Path, as_json: bool) -> int:
 
 @cli.command()
 @as_json
-def top(as_json: bool) -> int:
-    """GPU memory, live, from NVML. Ctrl-C ends it."""
-    try:
-        devices = device_memory()
-    except NvmlUnavailable as error:
-        raise click.ClickException(str(error)) from error
-    if as_json:
-        click.echo(json.dumps([asdict(device) for device in devices], indent=2))
-        return 0
-    with Live(_top_table(), refresh_per_second=2) as live:
-        try:
-            while True:
-                time.sleep(0.5)
-                live.update(_top_table())
-        except KeyboardInterrupt:
-            return 0
-
-
-@cli.command()
-@as_json
 def doctor(as_json: bool) -> int:
     """What is here, what works, what is missing."""
     from dpmem.doctor import examine
@@ -305,19 +285,6 @@ def _two_columns(rows: list[tuple[str, str]]) -> Table:
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def _top_table() -> Table:
-    table = Table("GPU", "name", "used", "free", "total")
-    for device in device_memory():
-        table.add_row(
-            str(device.index),
-            device.name,
-            format_bytes(device.used_bytes),
-            format_bytes(device.free_bytes),
-            format_bytes(device.total_bytes),
-        )
     return table
 
 

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 
 from dpmem.targets import describe
+from dpmem.top import number, size_words
 from dpmem_kernels import Noise, dequantize, quantize
 from dpmem_kernels.backend import HAS_NUMBA, HAS_TRITON, resolve_backend
-from dpmem_profiling import NvmlUnavailable, device_memory, format_bytes
+from dpmem_profiling import nvml
 
 Verdict = Literal["ok", "absent", "broken"]
 
@@ -70,14 +71,21 @@ def _cuda() -> Finding:
 
 def _nvml() -> Finding:
     try:
-        devices = device_memory()
-    except NvmlUnavailable as error:
+        devices = nvml.device_memory()
+    except nvml.NvmlUnavailable as error:
         return Finding("NVML", "absent", str(error))
-    text = ", ".join(
-        f"{d.name}: {format_bytes(d.used_bytes)} of {format_bytes(d.total_bytes)} used"
-        for d in devices
-    )
-    return Finding("NVML", "ok", text)
+    try:
+        visible = {device.uuid for device in nvml.visible_devices()}
+    except ValueError as error:
+        return Finding("NVML", "broken", str(error))
+    return Finding("NVML", "ok", "; ".join(_device_words(d, d.uuid in visible) for d in devices))
+
+
+def _device_words(device: nvml.DeviceMemory, visible: bool) -> str:
+    used = f"{size_words(device.used_bytes)} of {size_words(device.total_bytes)} used"
+    hidden = "" if visible else ", not visible to CUDA here"
+    note = "" if device.note is None else f" ({device.note})"
+    return f"{number(device)} {device.name}: {used}{hidden}{note}"
 
 
 def _kernels() -> Finding:

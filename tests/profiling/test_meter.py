@@ -384,7 +384,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gpu(uuid: str, used_bytes: int) -> DeviceMemory:
-    return DeviceMemory(0, uuid, "a GPU", 10**6, used_bytes, 10**6 - used_bytes, None)
+    return DeviceMemory(0, None, uuid, "a GPU", 10**6, used_bytes, 10**6 - used_bytes, None)
 
 
 def test_the_gpu_is_found_by_its_uuid(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
