@@ -7,9 +7,10 @@ also measures real steps. What CUDA does differently from the CPU is in `cuda_se
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dpmem_profiling.attribution import Attribution, Owned
@@ -28,14 +28,13 @@ from dpmem_profiling.cuda_scratch import CudaScratch
 from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.job import Job, build_model, equip, make_batch
 from dpmem_profiling.record import Category
+from dpmem_profiling.stand_in import StandIn
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
 
-# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
-CUDA_BLOCK_BYTES = 512
-# The first makes the optimizer's state, the second runs with it, the third finds the blocks that
-# the second left behind: from then on steps were seen to repeat.
-STEPS = 3
+# The first makes the optimizer's state, the second runs with it; no later one was seen to raise a
+# peak.
+STEPS = 2
 
 _CPU = torch.device("cpu")
 
@@ -49,7 +48,8 @@ class Trace:
     """Every allocation and release from the model's arrival on the device to the last step's end.
 
     storages     what was allocated, by number; `categories` in the same order
-    changes      gains and losses of the storages, in order, and the edges of phases
+    changes      gains and losses of the storages in the bytes that were asked for, in order, and
+                 the edges of phases
     step_starts  index into `changes` where each step begins; what is before is building
     notes        sentences a reader needs to judge the figures
     """
@@ -61,6 +61,32 @@ class Trace:
     changes: tuple[Change, ...]
     step_starts: tuple[int, ...]
     notes: tuple[str, ...]
+
+
+def between(low: Trace, high: Trace, batch_size: int) -> Trace | None:
+    """The trace at `batch_size` from two others of the same job, without running it.
+
+    Where both made the same allocations in the same order, every size is a line in the batch: a
+    constant for what the model holds, a multiple for what the samples need. None where they did
+    not, or where a size is no such line.
+    """
+    if len(low.changes) != len(high.changes):
+        return None
+    span = high.batch_size - low.batch_size
+    steps = batch_size - low.batch_size
+    changes = []
+    sizes: Counter[int] = Counter()
+    for one, other in zip(low.changes, high.changes, strict=True):
+        slope, rest = divmod(other.delta_bytes - one.delta_bytes, span)
+        if (one.phase, one.storage) != (other.phase, other.storage) or rest:
+            return None
+        delta_bytes = one.delta_bytes + slope * steps
+        changes.append(one._replace(delta_bytes=delta_bytes))
+        if one.storage is not None:
+            sizes[one.storage] += delta_bytes
+            if sizes[one.storage] < 0:
+                return None
+    return replace(low, batch_size=batch_size, changes=tuple(changes))
 
 
 def trace(
@@ -85,12 +111,15 @@ def trace(
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     scratch = CudaScratch(cublas_workspace_bytes)
-    tracker = MemoryTracker(_CPU, block_bytes=CUDA_BLOCK_BYTES, scratch=scratch)
+    # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
+    tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
-    placeholders = _Placeholders(tracker)
+    stand_in = StandIn(tracker)
     with torch.random.fork_rng(devices=[]), around or nullcontext(), cuda_semantics(architecture):
         model = _fake_model(job, mode).train()
-        with mode, _data_needed_is_said(), placeholders, tracker:
+        with mode, _data_needed_is_said(), tracker, stand_in:
+            with tracker.paused():
+                stand_in.calibrate()
             for tensor in _in_order_of_arrival(model):
                 tracker.see(tensor)
             built = equip(job, model)
@@ -110,7 +139,7 @@ def trace(
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
         changes=tuple(tracker.changes),
         step_starts=tuple(starts),
-        notes=placeholders.notes(),
+        notes=stand_in.notes(),
     )
 
 
@@ -154,34 +183,6 @@ def _fake_batch(job: Job, batch_size: int, mode: FakeTensorMode, tracker: Memory
         return copy
 
     return tree_map_only(Tensor, arrive, batch)
-
-
-class _Placeholders(TorchDispatchMode):
-    """Answers for `.item()`, which loops call to log a loss: a number, and a note of it."""
-
-    def __init__(self, tracker: MemoryTracker) -> None:
-        super().__init__()
-        self._tracker = tracker
-        self._asked = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            if self._tracker.phase != "step":
-                # Optimizers read their own step counters.
-                self._asked += 1
-            dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
-
-    def notes(self) -> tuple[str, ...]:
-        if not self._asked:
-            return ()
-        return (
-            f"The steps asked {self._asked} times for a tensor's value (.item()) and were told 1 "
-            "(True for a bool): if they decide by it, the forecast is of that decision.",
-        )
 
 
 @contextmanager

@@ -1,0 +1,180 @@
+"""A traced step against the same step measured, and against what CUDA is known to do."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpmem_profiling import Job, StepContext, measure
+from dpmem_profiling.trace import Trace, Untraceable, between, trace
+
+WIDTH = 32
+GPU: dict[str, Any] = {"architecture": (8, 6), "cublas_workspace_bytes": 4096}
+
+
+class Residual(nn.Module):
+    """Uses its input twice, so that autograd must add two gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.inner(x)
+        return x
+
+
+def rows(n: int) -> Tensor:
+    return torch.randn(n, WIDTH)
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+RESIDUAL = Job(Residual, rows, mean_square, optimizer=sgd, name="residual")
+
+
+def last_step_peak_bytes(traced: Trace) -> int:
+    """The most bytes live in the last step, workspaces left out."""
+    live = peak = 0
+    for event, change in enumerate(traced.changes):
+        if change.storage is not None and traced.categories[change.storage] != "workspace":
+            live += change.delta_bytes
+        if event >= traced.step_starts[-1]:
+            peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("zero_grad", ["start", "before_backward", "end"])
+@pytest.mark.parametrize("n", [5, 64])
+def test_a_traced_step_takes_what_a_real_one_takes(n: int, zero_grad: Any) -> None:
+    job = replace(RESIDUAL, zero_grad=zero_grad)
+    record = measure(job, n, device="cpu")
+    traced = trace(job, n, **GPU)
+    assert last_step_peak_bytes(traced) == record.peak_allocated_bytes
+    held: dict[str, int] = {}
+    for change in traced.changes:
+        if change.storage is not None:
+            category = traced.categories[change.storage]
+            held[category] = held.get(category, 0) + change.delta_bytes
+    del held["workspace"]
+    assert {name: size for name, size in held.items() if size} == record.persistent_bytes
+
+
+def test_categories_and_phases_at_the_peak() -> None:
+    traced = trace(RESIDUAL, 8, **GPU)
+    parameter_bytes = 4 * 2 * (WIDTH * WIDTH + WIDTH)
+    by_category: dict[str, int] = {}
+    for number, info in enumerate(traced.storages):
+        category = traced.categories[number]
+        if category in ("parameter", "optimizer_state", "input", "gradient"):
+            by_category[category] = by_category.get(category, 0) + max(
+                (c.delta_bytes for c in traced.changes if c.storage == number), default=0
+            )
+        assert info.dtype in ("float32", "uint8")
+    steps = len(traced.step_starts)
+    assert by_category["parameter"] == by_category["optimizer_state"] == parameter_bytes
+    assert by_category["input"] == steps * 4 * 8 * WIDTH
+    assert {change.phase for change in traced.changes} == {
+        None, "forward", "backward", "step", "zero_grad"
+    }  # fmt: skip
+
+
+def test_a_workspace_for_each_thread_that_multiplies_matrices() -> None:
+    traced = trace(RESIDUAL, 8, **GPU)
+    workspaces = [
+        (change.phase, change.delta_bytes)
+        for change in traced.changes
+        if change.storage is not None and traced.categories[change.storage] == "workspace"
+    ]
+    assert workspaces == [("forward", 4096), ("backward", 4096)]
+
+
+def test_between_two_batches_is_as_good_as_traced() -> None:
+    low, high = (trace(RESIDUAL, n, **GPU) for n in (2, 6))
+    for n in (3, 4, 50):
+        assert (made := between(low, high, n)) is not None
+        direct = trace(RESIDUAL, n, **GPU)
+        assert made.batch_size == n
+        assert [change[1:] for change in made.changes] == [change[1:] for change in direct.changes]
+
+
+def test_no_line_between_batches_that_run_differently() -> None:
+    def forked(model: nn.Module, batch: Tensor) -> Tensor:
+        extra = batch.exp().sum() if batch.shape[0] > 4 else batch.sum()
+        return mean_square(model, batch) + extra
+
+    def padded(model: nn.Module, batch: Tensor) -> Tensor:
+        return mean_square(model, F.pad(batch, (0, 0, 0, -batch.shape[0] % 4))[: len(batch)])
+
+    for loss in (forked, padded):
+        low, high = (trace(replace(RESIDUAL, loss=loss), n, **GPU) for n in (2, 7))
+        assert between(low, high, 5) is None
+
+
+def test_a_value_asked_for_is_a_note() -> None:
+    def logged(context: StepContext) -> None:
+        with context.phase("forward"):
+            loss = mean_square(context.model, context.batch)
+        loss.item()
+        with context.phase("backward"):
+            loss.backward()
+        assert context.optimizer is not None
+        with context.phase("step"):
+            context.optimizer.step()
+
+    assert trace(RESIDUAL, 2, **GPU).notes == ()
+    traced = trace(replace(RESIDUAL, loss=None, step=logged), 2, **GPU)
+    assert "2 times" in traced.notes[0]
+
+
+def test_a_shape_that_depends_on_values_is_refused() -> None:
+    def picky(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch[batch.sum(1) > 0]).square().mean()
+
+    with pytest.raises(Untraceable, match=r"nonzero|masked_select|index"):
+        trace(replace(RESIDUAL, loss=picky), 4, **GPU)
+
+
+def test_a_constructor_that_needs_data_builds_for_real() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = (torch.arange(1, 4) * 8).tolist()
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, width) for width in widths)
+            self.register_buffer("gain", torch.tensor(0.5))
+            self.first = self.layers[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([layer(x) for layer in self.layers], 1) * self.gain
+
+    traced = trace(replace(RESIDUAL, model=Counted), 4, **GPU)
+    parameters = sum(
+        change.delta_bytes
+        for change in traced.changes
+        if change.storage is not None and traced.categories[change.storage] == "parameter"
+    )
+    assert parameters == 4 * (WIDTH + 1) * (8 + 16 + 24)
+
+
+def test_real_tensors_of_a_data_set_become_fake_ones() -> None:
+    data = torch.randn(100, WIDTH)
+    traced = trace(replace(RESIDUAL, batch=lambda n: data[:n]), 4, **GPU)
+    inputs = [traced.storages[i] for i, c in enumerate(traced.categories) if c == "input"]
+    assert [info.shape for info in inputs] == [(4, WIDTH)] * len(traced.step_starts)
+
+
+def test_nothing_is_left_behind() -> None:
+    state = torch.get_rng_state()
+    trace(RESIDUAL, 4, **GPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
