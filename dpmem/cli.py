@@ -22,11 +22,20 @@ from dpmem.jobs import (
     measure_job,
 )
 from dpmem.targets import TargetError, describe, load_job
+from dpmem.terminal import (
+    BAD_INPUT,
+    FINDING,
+    ByteSize,
+    as_json,
+    bytes_or_unknown,
+    finding,
+    run_job,
+    say,
+    two_columns,
+)
 from dpmem.top import top
-from dpmem.units import parse_bytes
 from dpmem_profiling import (
     BatchSizeResult,
-    InvalidJob,
     MemoryRecord,
     Probe,
     format_bytes,
@@ -38,28 +47,6 @@ if TYPE_CHECKING:
     from dpmem.demo import DemoResult
 
 Result = TypeVar("Result")
-
-FINDING = 1
-BAD_INPUT = 2
-
-
-class _Bytes(click.ParamType):  # type: ignore[type-arg]
-    """A byte size such as 8GiB."""
-
-    name = "size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, context: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_bytes(value)
-        except ValueError as error:
-            self.fail(str(error), param, context)
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, invoke_without_command=True)
@@ -76,7 +63,7 @@ cli.add_command(top)
 
 @cli.command()
 @click.option(
-    "--budget", type=_Bytes(), default="192MiB", show_default=True, help="For the search."
+    "--budget", type=ByteSize(), default="192MiB", show_default=True, help="For the search."
 )
 @click.option(
     "--out",
@@ -105,7 +92,7 @@ def demo(budget: int, out: Path, as_json: bool) -> int:
         click.echo(json.dumps(_demo_json(result), indent=2))
     else:
         _print_demo(result)
-    return 0 if result.too_small is None else _finding(result.too_small)
+    return 0 if result.too_small is None else finding(result.too_small)
 
 
 def _print_demo(result: "DemoResult") -> None:
@@ -125,12 +112,12 @@ def _print_demo(result: "DemoResult") -> None:
         ("report", str(result.files.html)),
         ("took", f"{result.seconds:.0f} s"),
     ]
-    console.print(_two_columns(rows))
+    console.print(two_columns(rows))
 
 
 @cli.command("find-batch-size")
 @click.argument("target")
-@click.option("--budget", type=_Bytes(), help="Bytes a step may hold. Needed without a GPU.")
+@click.option("--budget", type=ByteSize(), help="Bytes a step may hold. Needed without a GPU.")
 @as_json
 def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> int:
     """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
@@ -141,7 +128,7 @@ def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> i
         def on_probe(probe: Probe) -> None:
             progress(f"batch {probe.batch}: {_probe_words(probe)}", 0.5)
 
-        return _run_job(
+        return run_job(
             target, lambda: find_batch_size(job, budget_bytes=limit_bytes, on_probe=on_probe)
         )
 
@@ -151,7 +138,7 @@ def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> i
     else:
         Console().print(_batch_table(result))
     if result.largest_safe is None:
-        return _finding(_run_job(target, lambda: explain_too_small(job, result)))
+        return finding(run_job(target, lambda: explain_too_small(job, result)))
     return 0
 
 
@@ -169,11 +156,11 @@ def report_command(target: str, batch: int, out: Path, as_json: bool) -> int:
     """Measure one step of TARGET and write where its bytes go: HTML, PNG, JSON."""
     job = load_job(target)
     try:
-        record: MemoryRecord = _run_job(target, lambda: measure_job(job, batch))
+        record: MemoryRecord = run_job(target, lambda: measure_job(job, batch))
     except TargetError as error:
         if error.__cause__ is None or not is_out_of_memory(error.__cause__):
             raise
-        return _finding(f"batch {batch} does not fit: {error}; try a smaller one")
+        return finding(f"batch {batch} does not fit: {error}; try a smaller one")
     files = write_report([record], out, title=job.name or target)
     if as_json:
         click.echo(json.dumps(record.to_json(), indent=2))
@@ -194,7 +181,7 @@ def doctor(as_json: bool) -> int:
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        Console().print(_two_columns([(f"{f.what}: {f.verdict}", f.detail) for f in findings]))
+        Console().print(two_columns([(f"{f.what}: {f.verdict}", f.detail) for f in findings]))
     return FINDING if any(finding.verdict == "broken" for finding in findings) else 0
 
 
@@ -212,27 +199,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    _say(message)
+    say(message)
     return BAD_INPUT
-
-
-def _finding(message: str) -> int:
-    _say(message)
-    return FINDING
-
-
-def _say(message: str) -> None:
-    click.echo(f"dpmem: {' '.join(message.split())}", err=True)
-
-
-def _run_job(target: str, run: Callable[[], Result]) -> Result:
-    """Run a user's job; what its code raises becomes one line that says where."""
-    try:
-        return run()
-    except InvalidJob as error:
-        raise TargetError(f"TARGET {target!r}: {error}") from error
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"TARGET {target!r}: its job {describe(error)}") from error
 
 
 def _with_progress(title: str, run: Callable[[Callable[[str, float], None]], Result]) -> Result:
@@ -252,12 +220,12 @@ def _answer(result: BatchSizeResult) -> str:
 
 
 def _batch_table(result: BatchSizeResult) -> Table:
-    table = _two_columns(
+    table = two_columns(
         [
             ("largest safe batch", str(result.largest_safe)),
             ("largest that fits", str(result.largest_fitting)),
             ("fastest of those tried", str(result.fastest)),
-            ("peak there", _bytes_or_unknown(result.peak_bytes)),
+            ("peak there", bytes_or_unknown(result.peak_bytes)),
             ("limit", format_bytes(result.limit_bytes)),
             ("kept free", format_bytes(result.margin_bytes)),
             ("limited by", result.limited_by),
@@ -272,20 +240,7 @@ def _batch_table(result: BatchSizeResult) -> Table:
 def _probe_words(probe: Probe) -> str:
     if probe.outcome == "error":
         return "error"
-    return f"{probe.outcome}, {_bytes_or_unknown(probe.allocated_bytes)}"
-
-
-def _bytes_or_unknown(size_bytes: int | None) -> str:
-    return "unknown" if size_bytes is None else format_bytes(size_bytes)
-
-
-def _two_columns(rows: list[tuple[str, str]]) -> Table:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return f"{probe.outcome}, {bytes_or_unknown(probe.allocated_bytes)}"
 
 
 def _demo_json(result: "DemoResult") -> dict[str, Any]:

@@ -69,7 +69,7 @@ class StandIn(TorchDispatchMode):
 
     def _may_change(self, tensor: Tensor) -> bool:
         holders = (
-            tensor._use_count(),
+            tensor._use_count(),  # type: ignore[attr-defined]
             torch._C._storage_Use_Count(tensor.untyped_storage()._cdata),
         )
         if self._learning is not None:

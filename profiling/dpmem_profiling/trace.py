@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ _CPU = torch.device("cpu")
 
 class Untraceable(ValueError):  # noqa: N818 - reads as what it is
     """A job whose step needs data, or does what fake tensors cannot: says what and what to do."""
+
+
+class Kernels(NamedTuple):
+    """What of a GPU decides which kernels run and what they take: one trace serves all that share
+    it. `architecture` is the compute capability, as (8, 6), None for a GPU that has none."""
+
+    architecture: Architecture | None
+    cublas_workspace_bytes: int
 
 
 @dataclass(frozen=True)
@@ -92,30 +100,29 @@ def between(low: Trace, high: Trace, batch_size: int) -> Trace | None:
 def trace(
     job: Job,
     batch_size: int,
+    kernels: Kernels | None,
     *,
-    architecture: Architecture | None,
-    cublas_workspace_bytes: int,
     steps: int = STEPS,
     owned: Owned | None = None,
     around: AbstractContextManager[Any] | None = None,
 ) -> Trace:
-    """Run `steps` steps of `job` on fake tensors as the GPU would run them.
+    """Run `steps` steps of `job` on fake tensors as a GPU would run them.
 
-    architecture            compute capability, as (8, 6); None for a GPU that has none
-    cublas_workspace_bytes  of one cuBLAS handle
-    owned                   as for `measure`
-    around                  entered while the job is built and runs: a fake process group, say
+    kernels  the GPU's; None traces what this machine's CPU would do
+    owned    as for `measure`
+    around   entered while the job is built and runs: a fake process group, say
 
     Raises InvalidJob where a factory of the job breaks its promise, Untraceable where its step
     needs data, and whatever the job raises.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    scratch = CudaScratch(cublas_workspace_bytes)
+    scratch = None if kernels is None else CudaScratch(kernels.cublas_workspace_bytes)
+    semantics = nullcontext() if kernels is None else cuda_semantics(kernels.architecture)
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     stand_in = StandIn(tracker)
-    with torch.random.fork_rng(devices=[]), around or nullcontext(), cuda_semantics(architecture):
+    with torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
         model = _fake_model(job, mode).train()
         with mode, _data_needed_is_said(), tracker, stand_in:
             with tracker.paused():

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmem_profiling import Job, StepContext, measure
-from dpmem_profiling.trace import Trace, Untraceable, between, trace
+from dpmem_profiling.trace import Kernels, Trace, Untraceable, between, trace
 
 WIDTH = 32
-GPU: dict[str, Any] = {"architecture": (8, 6), "cublas_workspace_bytes": 4096}
+GPU = Kernels((8, 6), cublas_workspace_bytes=4096)
 
 
 class Residual(nn.Module):
@@ -59,7 +59,7 @@ def last_step_peak_bytes(traced: Trace) -> int:
 def test_a_traced_step_takes_what_a_real_one_takes(n: int, zero_grad: Any) -> None:
     job = replace(RESIDUAL, zero_grad=zero_grad)
     record = measure(job, n, device="cpu")
-    traced = trace(job, n, **GPU)
+    traced = trace(job, n, GPU)
     assert last_step_peak_bytes(traced) == record.peak_allocated_bytes
     held: dict[str, int] = {}
     for change in traced.changes:
@@ -70,8 +70,21 @@ def test_a_traced_step_takes_what_a_real_one_takes(n: int, zero_grad: Any) -> No
     assert {name: size for name, size in held.items() if size} == record.persistent_bytes
 
 
+def test_on_the_cpu_the_cpus_own_kernels_are_traced() -> None:
+    def dropping(model: nn.Module, batch: Tensor) -> Tensor:
+        return F.dropout(model(batch), 0.5).square().mean()
+
+    # Activations outweigh all else.
+    n = 512
+    job = replace(RESIDUAL, loss=dropping, optimizer=None)
+    record = measure(job, n, device="cpu")
+    assert last_step_peak_bytes(trace(job, n, None)) == record.peak_allocated_bytes
+    # CUDA's mask takes a byte where the CPU's takes four.
+    assert last_step_peak_bytes(trace(job, n, GPU)) == record.peak_allocated_bytes - 3 * n * WIDTH
+
+
 def test_categories_and_phases_at_the_peak() -> None:
-    traced = trace(RESIDUAL, 8, **GPU)
+    traced = trace(RESIDUAL, 8, GPU)
     parameter_bytes = 4 * 2 * (WIDTH * WIDTH + WIDTH)
     by_category: dict[str, int] = {}
     for number, info in enumerate(traced.storages):
@@ -90,7 +103,7 @@ def test_categories_and_phases_at_the_peak() -> None:
 
 
 def test_a_workspace_for_each_thread_that_multiplies_matrices() -> None:
-    traced = trace(RESIDUAL, 8, **GPU)
+    traced = trace(RESIDUAL, 8, GPU)
     workspaces = [
         (change.phase, change.delta_bytes)
         for change in traced.changes
@@ -100,10 +113,10 @@ def test_a_workspace_for_each_thread_that_multiplies_matrices() -> None:
 
 
 def test_between_two_batches_is_as_good_as_traced() -> None:
-    low, high = (trace(RESIDUAL, n, **GPU) for n in (2, 6))
+    low, high = (trace(RESIDUAL, n, GPU) for n in (2, 6))
     for n in (3, 4, 50):
         assert (made := between(low, high, n)) is not None
-        direct = trace(RESIDUAL, n, **GPU)
+        direct = trace(RESIDUAL, n, GPU)
         assert made.batch_size == n
         assert [change[1:] for change in made.changes] == [change[1:] for change in direct.changes]
 
@@ -117,7 +130,7 @@ def test_no_line_between_batches_that_run_differently() -> None:
         return mean_square(model, F.pad(batch, (0, 0, 0, -batch.shape[0] % 4))[: len(batch)])
 
     for loss in (forked, padded):
-        low, high = (trace(replace(RESIDUAL, loss=loss), n, **GPU) for n in (2, 7))
+        low, high = (trace(replace(RESIDUAL, loss=loss), n, GPU) for n in (2, 7))
         assert between(low, high, 5) is None
 
 
@@ -132,8 +145,8 @@ def test_a_value_asked_for_is_a_note() -> None:
         with context.phase("step"):
             context.optimizer.step()
 
-    assert trace(RESIDUAL, 2, **GPU).notes == ()
-    traced = trace(replace(RESIDUAL, loss=None, step=logged), 2, **GPU)
+    assert trace(RESIDUAL, 2, GPU).notes == ()
+    traced = trace(replace(RESIDUAL, loss=None, step=logged), 2, GPU)
     assert "2 times" in traced.notes[0]
 
 
@@ -142,7 +155,7 @@ def test_a_shape_that_depends_on_values_is_refused() -> None:
         return model(batch[batch.sum(1) > 0]).square().mean()
 
     with pytest.raises(Untraceable, match=r"nonzero|masked_select|index"):
-        trace(replace(RESIDUAL, loss=picky), 4, **GPU)
+        trace(replace(RESIDUAL, loss=picky), 4, GPU)
 
 
 def test_a_constructor_that_needs_data_builds_for_real() -> None:
@@ -157,7 +170,7 @@ def test_a_constructor_that_needs_data_builds_for_real() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([layer(x) for layer in self.layers], 1) * self.gain
 
-    traced = trace(replace(RESIDUAL, model=Counted), 4, **GPU)
+    traced = trace(replace(RESIDUAL, model=Counted), 4, GPU)
     parameters = sum(
         change.delta_bytes
         for change in traced.changes
@@ -168,13 +181,13 @@ def test_a_constructor_that_needs_data_builds_for_real() -> None:
 
 def test_real_tensors_of_a_data_set_become_fake_ones() -> None:
     data = torch.randn(100, WIDTH)
-    traced = trace(replace(RESIDUAL, batch=lambda n: data[:n]), 4, **GPU)
+    traced = trace(replace(RESIDUAL, batch=lambda n: data[:n]), 4, GPU)
     inputs = [traced.storages[i] for i, c in enumerate(traced.categories) if c == "input"]
     assert [info.shape for info in inputs] == [(4, WIDTH)] * len(traced.step_starts)
 
 
 def test_nothing_is_left_behind() -> None:
     state = torch.get_rng_state()
-    trace(RESIDUAL, 4, **GPU)
+    trace(RESIDUAL, 4, GPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
