@@ -1,8 +1,8 @@
 """Measure one training step: bytes by category over time, on the machine at hand.
 
 The figures are the live storages that `MemoryTracker` sees, attributed by `Attribution`. On a CPU
-that is all there is. On CUDA the caching allocator's own peak is the total and what the tracker
-cannot explain of it stays visible as "unknown".
+that is all there is. On CUDA the caching allocator's own history and peak are the total, and what
+the tracker cannot explain of it stays visible as "unknown"; see `cuda_meter`.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 
 import torch
 
-from dpmem_profiling import nvml
 from dpmem_profiling.attribution import Attribution, Owned
+from dpmem_profiling.cuda_meter import CUDA_BLOCK_BYTES, UNTRACKED, CudaMeter
 from dpmem_profiling.job import Built, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.record import Category, MemoryRecord
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.timeline import largest_at_peak, replay
 from dpmem_profiling.tracker import MemoryTracker
-from dpmem_profiling.units import format_bytes
-
-# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
-CUDA_BLOCK_BYTES = 512
 
 
 def measure(
@@ -97,11 +92,9 @@ def _measure(
     limit_bytes: int | None,
     world_size: int,
 ) -> MemoryRecord:
-    on_cuda = device.type == "cuda"
-    outside_bytes = torch.cuda.memory_allocated(device) if on_cuda else 0
-    tracker = MemoryTracker(
-        device, block_bytes=CUDA_BLOCK_BYTES if on_cuda else 1, limit_bytes=limit_bytes
-    )
+    cuda = _cuda_meter(device)
+    block_bytes = 1 if cuda is None else CUDA_BLOCK_BYTES
+    tracker = MemoryTracker(device, block_bytes=block_bytes, limit_bytes=limit_bytes)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     with tracker:
         tracker.stage = "building the model"
@@ -116,13 +109,23 @@ def _measure(
             tracker.stage = "the recorded step"
             gc.collect()
             before = len(tracker.changes)
-            live_at_start, start_s = tracker.live(), perf_counter()
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(device)
-            stepper.step(fresh_batch)
+            with nullcontext() if cuda is None else cuda.watching():
+                live_at_start, start_s = tracker.live(), perf_counter()
+                stepper.step(fresh_batch)
             changes, persistent = tracker.changes[before:], tracker.live()
-    allocator = _cuda_peaks(device, outside_bytes) if on_cuda else None
-    replayed = replay(live_at_start, changes, attribution.category_of, start_s=start_s)
+    cuda_step = None if cuda is None else cuda.step
+    if cuda_step is not None:
+        live_at_start, changes = cuda_step.with_untracked(live_at_start, changes)
+        persistent[UNTRACKED] = live_at_start.get(UNTRACKED, 0) + sum(
+            change.delta_bytes for change in changes if change.storage == UNTRACKED
+        )
+
+    def category_of(number: int) -> Category:
+        return "unknown" if number == UNTRACKED else attribution.category_of(number)
+
+    replayed = replay(live_at_start, changes, category_of, start_s=start_s)
+    if cuda_step is not None:
+        replayed = cuda_step.with_reserved(replayed, start_s)
 
     notes = []
     if job.step is not None and not any(change.phase == "forward" for change in changes):
@@ -131,36 +134,40 @@ def _measure(
             "put `with context.phase('forward'):` around it."
         )
     peak_bytes, at_peak = replayed.peak_bytes, dict(replayed.at_peak)
-    if allocator is not None:
-        notes.extend(allocator.notes)
-        if allocator.allocated_bytes > peak_bytes:
-            unexplained_bytes = allocator.allocated_bytes - peak_bytes
+    if cuda_step is not None:
+        notes.extend(cuda_step.notes)
+        unexplained_bytes = max(cuda_step.allocated_bytes - peak_bytes, 0)
+        if unexplained_bytes:
             at_peak["unknown"] = at_peak.get("unknown", 0) + unexplained_bytes
-            peak_bytes = allocator.allocated_bytes
+            peak_bytes += unexplained_bytes
     persistent_bytes: dict[Category, int] = {}
     for number, size_bytes in persistent.items():
-        category = attribution.category_of(number)
+        category = category_of(number)
         persistent_bytes[category] = persistent_bytes.get(category, 0) + size_bytes
     return MemoryRecord(
         name=job.name,
         source="measured",
         batch_size=batch_size,
         world_size=world_size,
-        device=torch.cuda.get_device_name(device) if on_cuda else device.type.upper(),
+        device=device.type.upper() if cuda is None else torch.cuda.get_device_name(device),
         torch_version=torch.__version__,
         peak_allocated_bytes=peak_bytes,
-        peak_reserved_bytes=None if allocator is None else allocator.reserved_bytes,
-        device_bytes=None if allocator is None else allocator.device_bytes,
+        peak_reserved_bytes=None if cuda_step is None else cuda_step.reserved_bytes,
+        device_bytes=None if cuda_step is None else cuda_step.device_bytes,
         limit_bytes=limit_bytes,
         at_peak=at_peak,
         peak_by_category=replayed.peak_by_category,
         peak_by_phase=replayed.peak_by_phase,
         persistent_bytes={name: size for name, size in persistent_bytes.items() if size},
         timeline=replayed.points,
-        tensors_at_peak=largest_at_peak(replayed, tracker.storages, attribution.category_of),
+        tensors_at_peak=largest_at_peak(replayed, tracker.storages, category_of),
         step_s=_timed_step(job, built, batch_size, device),
         notes=tuple(notes),
     )
+
+
+def _cuda_meter(device: torch.device) -> CudaMeter | None:
+    return CudaMeter(device) if device.type == "cuda" else None
 
 
 def _timed_step(job: Job, built: Built, batch_size: int, device: torch.device) -> float:
@@ -174,38 +181,6 @@ def _timed_step(job: Job, built: Built, batch_size: int, device: torch.device) -
     run_step(job, context)
     synchronize()
     return perf_counter() - start_s
-
-
-@dataclass(frozen=True)
-class _CudaPeaks:
-    allocated_bytes: int
-    reserved_bytes: int
-    device_bytes: int | None
-    notes: tuple[str, ...]
-
-
-def _cuda_peaks(device: torch.device, outside_bytes: int) -> _CudaPeaks:
-    """What the caching allocator and NVML know of the step that just ran."""
-    notes = []
-    if outside_bytes:
-        notes.append(
-            f"{format_bytes(outside_bytes)} were allocated in this process before the measurement; "
-            "the allocated peak leaves them out, the reserved peak does not."
-        )
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    device_bytes = None
-    try:
-        for gpu in nvml.device_memory():
-            if gpu.uuid.removeprefix("GPU-") == uuid:
-                device_bytes = gpu.used_bytes
-    except nvml.NvmlUnavailable as error:
-        notes.append(f"Whole-device use is not known: {error}")
-    return _CudaPeaks(
-        allocated_bytes=torch.cuda.max_memory_allocated(device) - outside_bytes,
-        reserved_bytes=torch.cuda.max_memory_reserved(device),
-        device_bytes=device_bytes,
-        notes=tuple(notes),
-    )
 
 
 def _resolve(device: torch.device | str | None) -> torch.device:

@@ -34,13 +34,15 @@ class TimelinePoint:
     """Live bytes by category right after one allocation or release.
 
     `event` counts allocations, releases and phase edges from the start of the step; `phase` is
-    None outside of every phase. Categories that hold nothing are left out.
+    None outside of every phase. Categories that hold nothing are left out. `reserved_bytes` is what
+    the caching allocator held then, None where there is none (CPU) or its history is not known.
     """
 
     event: int
     time_s: float
     phase: str | None
     live_bytes: Mapping[Category, int]
+    reserved_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class MemoryRecord:
     torch_version         torch.__version__
     peak_allocated_bytes  the most tensor bytes live at once during the step
     peak_reserved_bytes   the most the caching allocator held; None where there is none (CPU)
-    device_bytes          the whole device in use right after the step, by NVML
+    device_bytes          the most of the whole device in use during the step, by NVML
     limit_bytes           the limit in force during the step
     at_peak               bytes by category at the peak; they sum to peak_allocated_bytes
     peak_by_category      each category's own peak, at its own moment

@@ -5,7 +5,6 @@ import random
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpmem_profiling import Job, MemoryLimitExceeded, NvmlUnavailable, StepContext, measure, meter
+from dpmem_profiling import Job, MemoryLimitExceeded, StepContext, measure
 from dpmem_profiling.job import build, make_batch, run_step
-from dpmem_profiling.nvml import DeviceMemory
 
 WIDTH = 64
 PARAMETER_BYTES = 4 * 3 * (WIDTH * WIDTH + WIDTH)
@@ -370,38 +368,3 @@ def test_measuring_does_not_depend_on_what_is_live_already() -> None:
 def test_impossible_arguments(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure(MLP, **{"batch_size": 4, **wrong})
-
-
-# The CUDA part never ran on a GPU: these tests put numbers where the driver would.
-
-
-@pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(uuid="1234")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 8192)
-
-
-def gpu(uuid: str, used_bytes: int) -> DeviceMemory:
-    return DeviceMemory(0, None, uuid, "a GPU", 10**6, used_bytes, 10**6 - used_bytes, None)
-
-
-def test_the_gpu_is_found_by_its_uuid(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus = (gpu("GPU-9999", 1), gpu("GPU-1234", 77))
-    monkeypatch.setattr(meter.nvml, "device_memory", lambda: gpus)
-    peaks = meter._cuda_peaks(torch.device("cuda", 0), outside_bytes=1024)
-    assert (peaks.allocated_bytes, peaks.reserved_bytes, peaks.device_bytes) == (3976, 8192, 77)
-    assert "1.00 KiB were allocated in this process before" in peaks.notes[0]
-
-
-def test_a_gpu_without_nvml_is_measured_all_the_same(
-    fake_cuda: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing() -> Any:
-        raise NvmlUnavailable("no library")
-
-    monkeypatch.setattr(meter.nvml, "device_memory", missing)
-    peaks = meter._cuda_peaks(torch.device("cuda", 0), outside_bytes=0)
-    assert (peaks.allocated_bytes, peaks.device_bytes) == (5000, None)
-    assert peaks.notes == ("Whole-device use is not known: no library",)
