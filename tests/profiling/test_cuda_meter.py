@@ -262,8 +262,8 @@ def watch(fake: FakeCuda) -> CudaStep:
         fake.event("segment_alloc", 4 * MIB)
         fake.event("alloc", 4 * MIB - 500)
         fake.event("free_requested", MIB)
-        fake.event("free_completed", MIB)
         fake.event("segment_free", 4 * MIB)
+        fake.event("free_completed", MIB)
     assert watching.step is not None
     return watching.step
 
