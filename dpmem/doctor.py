@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from dpmem.targets import describe
-from dpmem.top import number, size_words
+from dpmem.terminal import bytes_or_unknown
+from dpmem.top import number
 from dpmem_kernels import Noise, dequantize, quantize
 from dpmem_kernels.backend import HAS_NUMBA, HAS_TRITON, resolve_backend
 from dpmem_profiling import nvml
@@ -82,7 +83,7 @@ def _nvml() -> Finding:
 
 
 def _device_words(device: nvml.DeviceMemory, visible: bool) -> str:
-    used = f"{size_words(device.used_bytes)} of {size_words(device.total_bytes)} used"
+    used = f"{bytes_or_unknown(device.used_bytes)} of {bytes_or_unknown(device.total_bytes)} used"
     hidden = "" if visible else ", not visible to CUDA here"
     note = "" if device.note is None else f" ({device.note})"
     return f"{number(device)} {device.name}: {used}{hidden}{note}"

@@ -9,7 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from dpmem_profiling import NvmlUnavailable, format_bytes, nvml
+from dpmem.terminal import as_json, bytes_or_unknown
+from dpmem_profiling import NvmlUnavailable, nvml
 
 REFRESH_S = 0.5
 
@@ -24,7 +25,7 @@ class Row:
 
 @click.command()
 @click.option("--once", is_flag=True, help="Print the table once, as without a terminal.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+@as_json
 def top(once: bool, as_json: bool) -> int:
     """GPU memory and its processes, live from NVML. Ctrl-C ends it."""
     console = Console()
@@ -70,7 +71,7 @@ def table(rows: tuple[Row, ...]) -> Group:
         device = row.device
         sizes = (device.used_bytes, device.free_bytes, device.total_bytes)
         shown.add_row(
-            number(device), device.name, *map(size_words, sizes), process_words(row.processes)
+            number(device), device.name, *map(bytes_or_unknown, sizes), process_words(row.processes)
         )
     notes = [f"GPU {number(row.device)}: {row.device.note}" for row in rows if row.device.note]
     return Group(shown, *notes)
@@ -81,13 +82,8 @@ def number(device: nvml.DeviceMemory) -> str:
     return str(device.index) if device.mig_index is None else f"{device.index}/{device.mig_index}"
 
 
-def size_words(size_bytes: int | None) -> str:
-    """The size, or that it is not known."""
-    return "unknown" if size_bytes is None else format_bytes(size_bytes)
-
-
 def process_words(processes: tuple[nvml.ProcessMemory, ...] | None) -> str:
     """A line for each process."""
     if processes is None:
         return "unknown"
-    return "\n".join(f"{p.pid} {p.name or '?'} {size_words(p.used_bytes)}" for p in processes)
+    return "\n".join(f"{p.pid} {p.name or '?'} {bytes_or_unknown(p.used_bytes)}" for p in processes)
