@@ -114,7 +114,7 @@ def _gpu(
         architecture=architecture,
         total_bytes=int(total_bytes),
         context_bytes=None if context is None else context[0],
-        source=MappingProxyType(source),
+        source=source,
     )
 
 

@@ -1,6 +1,9 @@
 """The table of GPUs: every figure has a source, and none can be a slip of the pen."""
 
+import json
+import pickle
 import re
+from dataclasses import asdict
 
 import pytest
 
@@ -38,8 +41,11 @@ def test_totals_that_were_measured_for_the_validation() -> None:
     assert gpu("rtx-4060").total_bytes == 8_318_222_336
 
 
-def test_a_gpu_can_be_a_key() -> None:
+def test_a_gpu_can_be_a_key_and_travel() -> None:
     assert len(set(GPUS.values())) == len(GPUS)
+    known = gpu("rtx-6000-ada")
+    assert pickle.loads(pickle.dumps(known)) == known
+    assert json.loads(json.dumps(asdict(known)))["context_bytes"] == 426 * MIB
 
 
 @pytest.mark.parametrize(
