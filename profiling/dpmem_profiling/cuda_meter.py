@@ -34,6 +34,7 @@ CUDA_BLOCK_BYTES = 512
 HISTORY_EVENTS = 1_000_000
 # The number under which replay() meets memory that no tracked storage explains.
 UNTRACKED = -1
+_LACKS = "the timeline lacks what the allocator held and what no tensor explains."
 
 
 class AllocatorPoint(NamedTuple):
@@ -154,11 +155,12 @@ class CudaMeter:
             return None
 
     def _record_history(self, undo: ExitStack, notes: list[str]) -> bool:
+        backend = torch.cuda.get_allocator_backend()
+        if backend != "native":
+            notes.append(f"The allocator {backend} keeps no history, so {_LACKS}")
+            return False
         if torch._C._cuda_isHistoryEnabled():
-            notes.append(
-                "This process records the allocator's history itself, so the timeline lacks what "
-                "the allocator held and what no tensor explains."
-            )
+            notes.append(f"This process records the allocator's history itself, so {_LACKS}")
             return False
         record = torch.cuda.memory._record_memory_history
         record("all", context=None, max_entries=HISTORY_EVENTS, clear_history=True)
@@ -181,10 +183,7 @@ def _history(
 ) -> tuple[AllocatorPoint, ...]:
     """`start` and the state after every event of one device's trace."""
     if len(trace) >= HISTORY_EVENTS:
-        notes.append(
-            f"The step has more than {HISTORY_EVENTS} allocator events, so the timeline lacks what "
-            "the allocator held and what no tensor explains."
-        )
+        notes.append(f"The step has more than {HISTORY_EVENTS} allocator events, so {_LACKS}")
         return ()
     # A trace's clock is the time of day.
     day_s = time.time() - time.perf_counter()

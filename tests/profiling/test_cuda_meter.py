@@ -198,6 +198,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recording: list[tuple[Any, dict[str, Any]]] = []
         self.enabled = False
+        self.backend = "native"
         self.trace: list[dict[str, Any]] = []
         answers = {
             "memory_allocated": 2 * MIB,
@@ -210,6 +211,7 @@ class FakeCuda:
         }
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: self.backend)
         memory = torch.cuda.memory
         monkeypatch.setattr(memory, "_record_memory_history", self.record)
         monkeypatch.setattr(memory, "_snapshot", lambda: {"device_traces": [[], self.trace]})
@@ -302,6 +304,14 @@ def test_somebody_elses_recording_is_left_alone(fake: FakeCuda) -> None:
     watched = watch(fake)
     assert (watched.history, fake.recording) == ((), [])
     assert "records the allocator's history itself" in watched.notes[-1]
+    assert watched.allocated_bytes == 5 * MIB
+
+
+def test_an_allocator_without_history_is_not_asked_for_it(fake: FakeCuda) -> None:
+    fake.backend = "cudaMallocAsync"
+    watched = watch(fake)
+    assert (watched.history, fake.recording) == ((), [])
+    assert "The allocator cudaMallocAsync keeps no history" in watched.notes[-1]
     assert watched.allocated_bytes == 5 * MIB
 
 
