@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +159,7 @@ def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
     tensors: those are built for real, once.
     """
     try:
-        with mode:
+        with mode, _fake_parameters_may_be_cast():
             return build_model(job)
     except (DataDependentOutputException, DynamicOutputShapeException):
         model = build_model(job)
@@ -168,6 +170,15 @@ def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
                 if tensor is not None and not isinstance(tensor, FakeTensor):
                     held[name] = mode.from_tensor(tensor)
     return model
+
+
+@contextmanager
+def _fake_parameters_may_be_cast() -> Iterator[None]:
+    """Let `model.to(torch.bfloat16)` work: it swaps fake parameters, and refuses to swap a tensor
+    that is weakly referenced, as the fake mode's own cache does."""
+    unreferenced = SimpleNamespace(getweakrefs=lambda tensor: [])
+    with mock.patch.object(torch.utils, "weakref", unreferenced):
+        yield
 
 
 def _in_order_of_arrival(model: nn.Module) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
@@ -227,8 +228,10 @@ class MemoryTracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, func: Any) -> list[int]:
         numbers = []
         for part in _parts(tensor):
-            # Not the storage's: a fake tensor's is on the meta device.
-            if part.device != self.device:
+            # Not the storage's: a fake tensor's is on the meta device. Nor a fake one's `device`,
+            # which is an operator to every mode.
+            device = part.fake_device if isinstance(part, FakeTensor) else part.device
+            if device != self.device:
                 continue
             storage = part.untyped_storage()
             entry = self._live.get(id(storage))

@@ -179,6 +179,19 @@ def test_a_constructor_that_needs_data_builds_for_real() -> None:
     assert parameters == 4 * (WIDTH + 1) * (8 + 16 + 24)
 
 
+def test_a_model_may_be_cast_while_it_is_built() -> None:
+    def bare() -> nn.Module:
+        model = Residual()
+        model.scale = nn.Parameter(torch.ones(WIDTH))
+        return model.to(torch.bfloat16)
+
+    traced = trace(replace(RESIDUAL, model=bare, batch=lambda n: rows(n).bfloat16()), 4, GPU)
+    parameters = [
+        traced.storages[i].dtype for i, c in enumerate(traced.categories) if c == "parameter"
+    ]
+    assert parameters == ["bfloat16"] * 5
+
+
 def test_real_tensors_of_a_data_set_become_fake_ones() -> None:
     data = torch.randn(100, WIDTH)
     traced = trace(replace(RESIDUAL, batch=lambda n: data[:n]), 4, GPU)
