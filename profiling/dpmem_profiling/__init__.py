@@ -1,5 +1,7 @@
 """Where the bytes of a training step go: measure it, search the batch that fits, report it."""
 
+from dpmem_profiling.allocator import CachingAllocator, OutOfDeviceMemory
+from dpmem_profiling.allocator_settings import AllocatorSettings
 from dpmem_profiling.batch_size import search
 from dpmem_profiling.job import InvalidJob, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.meter import measure
@@ -11,13 +13,16 @@ from dpmem_profiling.units import format_bytes
 
 __all__ = [
     "CATEGORIES",
+    "AllocatorSettings",
     "BatchSizeResult",
+    "CachingAllocator",
     "Category",
     "InvalidJob",
     "Job",
     "MemoryLimitExceeded",
     "MemoryRecord",
     "NvmlUnavailable",
+    "OutOfDeviceMemory",
     "Probe",
     "ReportFiles",
     "StepContext",
