@@ -5,15 +5,17 @@
 
 from dpmem.activations.policy import Policy
 from dpmem.config import WrapConfig
+from dpmem.forecast import estimate
 from dpmem.jobs import find_batch_size, report
 from dpmem.wrapper import DataParallel, compress, wrap
-from dpmem_profiling import BatchSizeResult, Job, MemoryRecord, Probe, StepContext
+from dpmem_profiling import BatchSizeResult, Estimate, Job, MemoryRecord, Probe, StepContext
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchSizeResult",
     "DataParallel",
+    "Estimate",
     "Job",
     "MemoryRecord",
     "Policy",
@@ -21,6 +23,7 @@ __all__ = [
     "StepContext",
     "WrapConfig",
     "compress",
+    "estimate",
     "find_batch_size",
     "report",
     "wrap",

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dpmem import __version__
+from dpmem.forecast import estimate_command
 from dpmem.jobs import (
     checked_budget,
     default_device,
@@ -58,6 +59,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+cli.add_command(estimate_command)
 cli.add_command(top)
 
 

@@ -3,11 +3,13 @@
 from dpmem_profiling.allocator import CachingAllocator, OutOfDeviceMemory
 from dpmem_profiling.allocator_settings import AllocatorSettings
 from dpmem_profiling.batch_size import search
+from dpmem_profiling.estimate import Estimate, Forecast
 from dpmem_profiling.job import InvalidJob, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.meter import measure
 from dpmem_profiling.nvml import NvmlUnavailable, device_memory
 from dpmem_profiling.record import CATEGORIES, BatchSizeResult, Category, MemoryRecord, Probe
 from dpmem_profiling.report import ReportFiles, terminal_table, write_report
+from dpmem_profiling.trace import Untraceable
 from dpmem_profiling.tracker import MemoryLimitExceeded
 from dpmem_profiling.units import format_bytes
 
@@ -17,6 +19,8 @@ __all__ = [
     "BatchSizeResult",
     "CachingAllocator",
     "Category",
+    "Estimate",
+    "Forecast",
     "InvalidJob",
     "Job",
     "MemoryLimitExceeded",
@@ -26,6 +30,7 @@ __all__ = [
     "Probe",
     "ReportFiles",
     "StepContext",
+    "Untraceable",
     "build",
     "device_memory",
     "format_bytes",

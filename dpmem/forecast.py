@@ -1,0 +1,130 @@
+"""`dpmem.estimate` and `dpmem estimate`: what a step takes on GPUs that are not here."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import click
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from dpmem.jobs import owned_tensors
+from dpmem.targets import load_job
+from dpmem.terminal import as_json, bytes_or_unknown, finding, run_job
+from dpmem_profiling import Estimate, Forecast, Job, format_bytes
+from dpmem_profiling.gpus import GPUS
+from dpmem_profiling.gpus import gpu as gpu_named
+from dpmem_profiling.job import ZeroGrad
+
+Wrap = Callable[[nn.Module, Optimizer | None], tuple[nn.Module, Optimizer | None]]
+
+
+def estimate(
+    job: Job,
+    *,
+    batch_size: int,
+    gpu: str,
+    wrap: Wrap | None = None,
+    zero_grad: ZeroGrad | None = None,
+    world_size: int = 1,
+) -> Estimate:
+    """What one training step of `job` takes on a GPU that need not be here.
+
+    batch_size  samples per rank in the step
+    gpu         its name in the table, such as "a100-40gb"; `dpmem estimate` lists them
+    wrap        in place of the job's own: functools.partial(dpmem.wrap, activations="4bit")
+    zero_grad   in place of the job's own
+    world_size  data-parallel ranks, each with such a GPU; the figures are one rank's
+
+    Runs the job's own code on tensors without data: seconds, next to no memory, and no GPU. NCCL's
+    buffers are not counted.
+
+    Raises ValueError for an unknown GPU, InvalidJob and Untraceable, both ValueErrors, where a
+    factory of the job breaks its promise or its step needs data; and whatever the job raises.
+    """
+    known = gpu_named(gpu)
+    if wrap is not None:
+        job = replace(job, wrap=wrap)
+    if zero_grad is not None:
+        job = replace(job, zero_grad=zero_grad)
+    return forecast_of(job, world_size).estimate(batch_size, known)
+
+
+def forecast_of(job: Job, world_size: int = 1) -> Forecast:
+    """Forecasts of `job` as dpmem sees it: the wrapper's memory by its name, and its ranks."""
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1; received {world_size}")
+    if world_size == 1:
+        return Forecast(job, owned=owned_tensors)
+    return Forecast(job, owned=owned_tensors, around=lambda: _ranks_without_peers(world_size))
+
+
+@contextmanager
+def _ranks_without_peers(world_size: int) -> Iterator[None]:
+    """A process group of which this is rank 0 and the others do not exist."""
+    # Importing it registers the backend.
+    from torch.testing._internal.distributed import fake_pg
+
+    if dist.is_initialized():
+        raise ValueError(
+            "a forecast for several ranks makes a process group of its own; received one that is "
+            "already there: forecast before init_process_group, or in another process"
+        )
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=fake_pg.FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@click.command("estimate")
+@click.argument("target")
+@click.option("--batch", type=click.IntRange(min=1), required=True, help="Samples in the step.")
+@click.option("--gpu", "gpu_names", multiple=True, help="A name; may be repeated. [all]")
+@as_json
+def estimate_command(target: str, batch: int, gpu_names: tuple[str, ...], as_json: bool) -> int:
+    """Predict the peak of a step of TARGET, and its largest batch, on GPUs that are not here."""
+    gpus = [gpu_named(name) for name in gpu_names or GPUS]
+    job = load_job(target)
+
+    def run() -> list[Estimate]:
+        forecast = forecast_of(job)
+        return [forecast.estimate(batch, gpu) for gpu in gpus]
+
+    estimates = run_job(target, run)
+    if as_json:
+        click.echo(json.dumps([estimate.to_json() for estimate in estimates], indent=2))
+    else:
+        console = Console()
+        console.print(_table(estimates, batch))
+        for note in dict.fromkeys(note for estimate in estimates for note in estimate.notes):
+            console.print(f"note: {note}")
+    if any(estimate.fits for estimate in estimates):
+        return 0
+    smallest_bytes = min(estimate.total_bytes for estimate in estimates)
+    return finding(
+        f"batch {batch} fits none of these GPUs: it takes {format_bytes(smallest_bytes)}; "
+        "what would help: a smaller batch, activations='4bit', a larger GPU"
+    )
+
+
+def _table(estimates: list[Estimate], batch: int) -> Table:
+    table = Table(title=f"One step at batch {batch}, predicted", title_justify="left")
+    table.add_column("GPU", no_wrap=True)
+    for heading in ("reserved", "context", "total", "at most", "fits", "largest batch"):
+        table.add_column(heading, justify="right")
+    for row in estimates:
+        table.add_row(
+            row.gpu,
+            format_bytes(row.peak_reserved_bytes),
+            bytes_or_unknown(row.outside_torch_bytes),
+            format_bytes(row.total_bytes),
+            format_bytes(row.high_bytes),
+            "yes" if row.fits else "no",
+            "none" if row.largest_batch is None else str(row.largest_batch),
+        )
+    return table

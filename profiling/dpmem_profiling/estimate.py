@@ -1,0 +1,318 @@
+"""The forecast: a traced step through the allocator's model, and what is outside of both.
+
+trace of fake tensors -> allocations in order -> caching allocator -> peak reserved
+  + the CUDA context = what the GPU must give, with the error that was measured on real GPUs
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from dpmem_profiling.allocator import CachingAllocator, OutOfDeviceMemory
+from dpmem_profiling.allocator_settings import AllocatorSettings
+from dpmem_profiling.attribution import Owned
+from dpmem_profiling.gpus import Gpu, cublas_workspace_bytes
+from dpmem_profiling.job import Job
+from dpmem_profiling.record import Category, MemoryRecord, TensorAtPeak
+from dpmem_profiling.timeline import Replay, largest_at_peak, replay
+from dpmem_profiling.trace import Kernels, Trace, between, trace
+from dpmem_profiling.tracker import Change
+from dpmem_profiling.units import format_bytes
+
+# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
+CUDA_BLOCK_BYTES = 512
+# How far real peaks were from forecasts, as fractions of the forecast: the band that held 90% of
+# the rows of reports/validation/ when the row's own model was left out. `make validation`.
+BAND_BELOW = 0.08
+BAND_ABOVE = 0.08
+# Counted for a context that nobody published: lazy loading, pytorch PR #86509.
+ASSUMED_CONTEXT_BYTES = 287_047_680
+# In traces; every GPU's own takes its place.
+_WORKSPACE_BYTES = 8_519_680
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one training step is expected to take on one GPU. Bytes; unknown is None.
+
+    peak_allocated_bytes  the most tensor bytes live at once, workspaces included
+    peak_reserved_bytes   the most the caching allocator holds
+    outside_torch_bytes   the CUDA context; None where it is not known for this GPU, and then
+                          ASSUMED_CONTEXT_BYTES are in total_bytes
+    total_bytes           reserved and context together: what the GPU must give
+    low_bytes high_bytes  the band around total_bytes
+    fits                  whether total_bytes is within the GPU's memory; None where that is unknown
+    breakdown             bytes by category at the allocated peak; they sum to it
+    at_peak               the largest tensors alive then
+    largest_batch         largest batch whose high_bytes the GPU has, None where none is or where
+                          the GPU's memory is unknown
+    notes                 sentences a reader needs to judge the figures
+    """
+
+    name: str
+    gpu: str
+    batch_size: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    outside_torch_bytes: int | None
+    total_bytes: int
+    low_bytes: int
+    high_bytes: int
+    fits: bool | None
+    breakdown: Mapping[Category, int]
+    at_peak: tuple[TensorAtPeak, ...]
+    largest_batch: int | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The estimate as a dictionary that `json.dumps` takes."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the allocator's model says of a trace. `retries`: how often it ran dry and gave back
+    what it had cached before it could go on; None for the bytes where it ran out for good."""
+
+    reserved_bytes: int | None
+    retries: int
+
+
+class Forecast:
+    """Forecasts of one job: traced once or twice, then asked for any batch and many GPUs.
+
+    job, owned, around   as for `trace`
+    settings             the allocator's, as PYTORCH_CUDA_ALLOC_CONF would give them
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        owned: Owned | None = None,
+        around: Callable[[], AbstractContextManager[Any]] | None = None,
+        settings: AllocatorSettings | None = None,
+    ) -> None:
+        self._job = job
+        self._owned = owned
+        self._around = around
+        self._settings = settings or AllocatorSettings()
+        self._traced: dict[Kernels, dict[int, Trace]] = {}
+        self._reserved: dict[tuple[Kernels, int], int] = {}
+
+    def trace(self, batch_size: int, gpu: Gpu) -> Trace:
+        """The step's allocations on `gpu`: from two traced batches where they make a line."""
+        kernels = _traced_kernels(gpu)
+        traced = self._traced.setdefault(kernels, {})
+        # One sample is apart: many operators treat a dimension of 1 as none.
+        others = sorted(batch for batch in traced if batch > 1)
+        made = None
+        if batch_size in traced:
+            made = traced[batch_size]
+        elif batch_size > 1 and len(others) > 1:
+            made = between(traced[others[0]], traced[others[-1]], batch_size)
+        if made is None:
+            around = None if self._around is None else self._around()
+            made = trace(self._job, batch_size, kernels, owned=self._owned, around=around)
+            traced[batch_size] = made
+        return _with_workspaces(made, cublas_workspace_bytes(gpu.architecture))
+
+    def reserved_bytes(self, batch_size: int, gpu: Gpu) -> int:
+        """The peak of the allocator's cache, were there no end of memory."""
+        kernels = Kernels(_attention_class(gpu), cublas_workspace_bytes(gpu.architecture))
+        key = (kernels, batch_size)
+        if key not in self._reserved:
+            peaks = replay_allocations(self.trace(batch_size, gpu), self._settings, None)
+            assert peaks.reserved_bytes is not None, "memory without end does not run out"
+            self._reserved[key] = peaks.reserved_bytes
+        return self._reserved[key]
+
+    def largest_batch(self, gpu: Gpu) -> int | None:
+        """The largest batch whose upper bound `gpu` has room for; None where one sample has not.
+
+        Takes the peak to grow with the batch, as it does where nothing else changes with it.
+        """
+        room_bytes = gpu.total_bytes - _context_bytes(gpu)
+
+        def upper_bytes(batch: int) -> int:
+            return _upper(self.reserved_bytes(batch, gpu))
+
+        # (batch, bytes) of the largest known to fit and the smallest known not to.
+        fits, fails = (0, 0), None
+        # Beginning where it was traced anyway saves a trace.
+        batch = min(self._traced.get(_traced_kernels(gpu), ()), default=2)
+        while fails is None or fails[0] - fits[0] > 1:
+            if (bytes_needed := upper_bytes(batch)) <= room_bytes:
+                slope = (bytes_needed - fits[1]) / (batch - fits[0])
+                fits = (batch, bytes_needed)
+            else:
+                fails = (batch, bytes_needed)
+                slope = (fails[1] - fits[1]) / (batch - fits[0])
+            # The curve is close to a line: look where the line meets the room.
+            guess = fits[0] + int((room_bytes - fits[1]) / max(slope, 1))
+            least, most = fits[0] + 1, 2 * batch + 8 if fails is None else fails[0] - 1
+            batch = min(max(guess, least), most)
+        return fits[0] or None
+
+    def estimate(self, batch_size: int, gpu: Gpu) -> Estimate:
+        """What a step at `batch_size` takes on `gpu`."""
+        traced = self.trace(batch_size, gpu)
+        replayed = replay_trace(traced)
+        context_bytes = gpu.context_bytes
+        outside_bytes = _context_bytes(gpu)
+        capacity_bytes = gpu.total_bytes - outside_bytes
+        peaks = replay_allocations(traced, self._settings, capacity_bytes)
+        notes = list(traced.notes)
+        reserved_bytes = peaks.reserved_bytes
+        if reserved_bytes is None:
+            reserved_bytes = self.reserved_bytes(batch_size, gpu)
+        elif peaks.retries:
+            notes.append(
+                f"The allocator gives its cache back {peaks.retries} times to stay within the "
+                "memory: it fits, but each time stalls the GPU. A smaller batch is faster."
+            )
+        if context_bytes is None:
+            notes.append(
+                f"Where the CUDA context is not known, {format_bytes(outside_bytes)} are counted."
+            )
+        return Estimate(
+            name=traced.name,
+            gpu=gpu.name,
+            batch_size=batch_size,
+            peak_allocated_bytes=replayed.peak_bytes,
+            peak_reserved_bytes=reserved_bytes,
+            outside_torch_bytes=context_bytes,
+            total_bytes=reserved_bytes + outside_bytes,
+            low_bytes=int(reserved_bytes * (1 - BAND_BELOW)) + outside_bytes,
+            high_bytes=_upper(reserved_bytes) + outside_bytes,
+            fits=peaks.reserved_bytes is not None,
+            breakdown=replayed.at_peak,
+            at_peak=largest_at_peak(
+                replayed, traced.storages, lambda number: traced.categories[number]
+            ),
+            largest_batch=self.largest_batch(gpu),
+            notes=tuple(notes),
+        )
+
+    def record(self, batch_size: int, gpu: Gpu) -> MemoryRecord:
+        """The last traced step as a record, for reports."""
+        traced = self.trace(batch_size, gpu)
+        changes = rounded(traced.changes)
+        start = traced.step_starts[-1]
+        live: dict[int, int] = {}
+        for change in changes[:start]:
+            if change.storage is not None:
+                live[change.storage] = live.get(change.storage, 0) + change.delta_bytes
+        live = {number: size_bytes for number, size_bytes in live.items() if size_bytes}
+        category_of = traced.categories.__getitem__
+        replayed = replay(live, changes[start:], category_of, start_s=changes[start].time_s)
+        persistent: dict[Category, int] = {}
+        for number, size_bytes in live.items():
+            category = category_of(number)
+            persistent[category] = persistent.get(category, 0) + size_bytes
+        return MemoryRecord(
+            name=traced.name,
+            source="predicted",
+            batch_size=batch_size,
+            world_size=1,
+            device=gpu.title,
+            torch_version=torch.__version__,
+            peak_allocated_bytes=replayed.peak_bytes,
+            peak_reserved_bytes=self.reserved_bytes(batch_size, gpu),
+            device_bytes=None,
+            limit_bytes=gpu.total_bytes,
+            at_peak=replayed.at_peak,
+            peak_by_category=replayed.peak_by_category,
+            peak_by_phase=replayed.peak_by_phase,
+            persistent_bytes=persistent,
+            timeline=replayed.points,
+            tensors_at_peak=largest_at_peak(replayed, traced.storages, category_of),
+            step_s=None,
+            notes=traced.notes,
+        )
+
+
+def replay_trace(traced: Trace) -> Replay:
+    """The allocated peak over everything that was traced, and what is in it."""
+    changes = rounded(traced.changes)
+    return replay({}, changes, traced.categories.__getitem__, start_s=0.0)
+
+
+def replay_allocations(
+    traced: Trace, settings: AllocatorSettings, capacity_bytes: int | None
+) -> Peaks:
+    """Run a trace through the caching allocator's model; `capacity_bytes` None has no end."""
+    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
+    sizes: dict[int, int] = {}
+    addresses: dict[int, int] = {}
+    try:
+        for change in traced.changes:
+            number = change.storage
+            if number is None:
+                continue
+            size_bytes = sizes.get(number, 0) + change.delta_bytes
+            sizes[number] = size_bytes
+            # A storage that is resized moves: the new block is taken before the old one goes.
+            old = addresses.pop(number, None)
+            if size_bytes:
+                addresses[number] = allocator.malloc(size_bytes)
+            if old is not None:
+                allocator.free(old)
+    except OutOfDeviceMemory:
+        return Peaks(None, allocator.n_retries)
+    return Peaks(allocator.peak_reserved_bytes, allocator.n_retries)
+
+
+def rounded(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    """The same changes in the blocks of 512 bytes in which CUDA's allocator counts."""
+    sizes: dict[int, int] = {}
+    result = []
+    for change in changes:
+        if change.storage is not None:
+            old = sizes.get(change.storage, 0)
+            sizes[change.storage] = old + change.delta_bytes
+            change = change._replace(delta_bytes=_blocks(sizes[change.storage]) - _blocks(old))
+        result.append(change)
+    return tuple(result)
+
+
+def _blocks(size_bytes: int) -> int:
+    return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+
+
+def _upper(reserved_bytes: int) -> int:
+    return int(reserved_bytes * (1 + BAND_ABOVE))
+
+
+def _context_bytes(gpu: Gpu) -> int:
+    return ASSUMED_CONTEXT_BYTES if gpu.context_bytes is None else gpu.context_bytes
+
+
+def _traced_kernels(gpu: Gpu) -> Kernels:
+    return Kernels(_attention_class(gpu), _WORKSPACE_BYTES)
+
+
+def _attention_class(gpu: Gpu) -> tuple[int, int]:
+    """The oldest architecture with the same attention kernels: see cuda_semantics."""
+    recent = (8, 0)
+    return recent if gpu.architecture is None else min(gpu.architecture, recent)
+
+
+def _with_workspaces(traced: Trace, workspace_bytes: int) -> Trace:
+    """The trace with cuBLAS workspaces of this size: those workspaces that stay."""
+    seen = Counter(change.storage for change in traced.changes)
+    changes = tuple(
+        change._replace(delta_bytes=workspace_bytes)
+        if change.storage is not None
+        and seen[change.storage] == 1
+        and traced.categories[change.storage] == "workspace"
+        else change
+        for change in traced.changes
+    )
+    return replace(traced, changes=changes)
