@@ -20,6 +20,7 @@ import torch
 
 from dpmem_profiling.attribution import Attribution, Owned
 from dpmem_profiling.cuda_meter import CUDA_BLOCK_BYTES, UNTRACKED, CudaMeter
+from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Built, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.record import Category, MemoryRecord
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
@@ -96,7 +97,10 @@ def _measure(
     block_bytes = 1 if cuda is None else CUDA_BLOCK_BYTES
     tracker = MemoryTracker(device, block_bytes=block_bytes, limit_bytes=limit_bytes)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
-    with tracker:
+    in_place = InPlaceGradients()
+    with tracker, in_place:
+        with tracker.paused():
+            in_place.calibrate()
         tracker.stage = "building the model"
         built = build(job, device)
         tracker.module_names = {id(module): name for name, module in built.model.named_modules()}

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from dpmem_profiling.attribution import Attribution, Owned
 from dpmem_profiling.cuda_scratch import CudaScratch
 from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
+from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Job, build_model, equip, make_batch
 from dpmem_profiling.record import Category
 from dpmem_profiling.stand_in import StandIn
@@ -123,12 +124,12 @@ def trace(
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
-    stand_in = StandIn(tracker)
+    stand_in, in_place = StandIn(tracker), InPlaceGradients()
     with torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
         model = _fake_model(job, mode).train()
-        with mode, _data_needed_is_said(), tracker, stand_in:
+        with mode, _data_needed_is_said(), tracker, stand_in, in_place:
             with tracker.paused():
-                stand_in.calibrate()
+                in_place.calibrate()
             for tensor in _in_order_of_arrival(model):
                 tracker.see(tensor)
             built = equip(job, model)

@@ -83,6 +83,18 @@ def test_on_the_cpu_the_cpus_own_kernels_are_traced() -> None:
     assert last_step_peak_bytes(trace(job, n, GPU)) == record.peak_allocated_bytes - 3 * n * WIDTH
 
 
+def test_lookups_scatter_their_gradients_in_place() -> None:
+    def looked_up(model: nn.Module, batch: Tensor) -> Tensor:
+        x = model(batch)
+        rows = torch.zeros(len(batch), dtype=torch.long)
+        picked = x.gather(1, rows.unsqueeze(1)) + x.max(1, keepdim=True)[0]
+        return picked.sum() + x[rows].sum() + x.index_select(0, rows).sum()
+
+    job = replace(RESIDUAL, loss=looked_up, optimizer=None)
+    record = measure(job, 512, device="cpu")
+    assert last_step_peak_bytes(trace(job, 512, None)) == record.peak_allocated_bytes
+
+
 def test_categories_and_phases_at_the_peak() -> None:
     traced = trace(RESIDUAL, 8, GPU)
     parameter_bytes = 4 * 2 * (WIDTH * WIDTH + WIDTH)
