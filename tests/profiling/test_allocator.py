@@ -30,7 +30,7 @@ def test_small_requests_share_a_segment_of_2_mib() -> None:
     first, second = model.malloc(1), model.malloc(513)
     assert second == first + 512
     assert (model.allocated_bytes, model.reserved_bytes) == (512 + 1024, 2 * MIB)
-    # 1 MiB is still small, but 2 MiB - 1536 bytes less 1 MiB is still enough for it.
+    # Of the 2 MiB less 1536 bytes that are left, one request of 1 MiB is served, a second not.
     filled(model, 1)
     assert model.reserved_bytes == 2 * MIB
     filled(model, 1)
@@ -41,11 +41,10 @@ def test_small_requests_share_a_segment_of_2_mib() -> None:
 def test_a_small_block_is_split_down_to_512_bytes() -> None:
     model = allocator()
     rest = 2 * MIB - 512
-    half = model.malloc(MIB)
+    filled(model, 1)
     model.malloc(rest - MIB)
     assert [block.state for block in model.segments()[0].blocks] == ["live", "live", "free"]
     assert model.segments()[0].blocks[2].size_bytes == 512
-    model.free(half)
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,10 @@ def test_a_failed_request_is_replayed() -> None:
     # 60 MiB behind the 5 need 80 in pages of 20.
     assert device.what_if.other_settings.n_ooms_served == 0
     (device,) = replay_snapshot(
-        EXPECTED, AllocatorSettings(expandable_segments=True, large_segment_size_bytes=11 * MIB)
+        EXPECTED, AllocatorSettings(expandable_segments=True, large_segment_size_bytes=22 * MIB)
     )
     assert device.what_if is not None
-    # In pages of 11, 66.
+    # In pages of 22, 66.
     assert device.what_if.other_settings.n_ooms_served == 1
     assert device.what_if.other_settings.peak_reserved_bytes == 66 * MIB
     assert device.what_if.recorded_settings.n_ooms_served == 0
