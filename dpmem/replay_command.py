@@ -34,8 +34,9 @@ def replay_command(snapshot: Path, allocator: str | None, as_json: bool) -> int:
     """Replay SNAPSHOT (of torch.cuda.memory._dump_snapshot) as the CUDA allocator would.
 
     Says whether the model agrees with the recording, where memory peaks and how much of it is
-    fragmented; with --allocator, what the same requests take under other settings. Exit 1: the
-    model does not agree, or the requests do not fit.
+    fragmented; with --allocator, what the same requests take under other settings. For that what
+    was live when the recording began is requested anew ("repacked"), under the recorded settings
+    too, for comparison. Exit 1: the model does not agree, or the requests do not fit.
     """
     settings = None if allocator is None else AllocatorSettings.parse(allocator)
     devices = replay_snapshot(read_snapshot(snapshot), settings)
