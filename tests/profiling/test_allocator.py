@@ -226,6 +226,15 @@ def test_oversize_blocks_are_given_back_first(
     assert (model.n_retries, model.reserved_bytes / MIB) == (n_retries, left_mib + small)
 
 
+def test_the_largest_oversize_blocks_go_first() -> None:
+    model = allocator("max_split_size_mb:32", capacity_mib=142)
+    for address in filled(model, 40, 50, 52):
+        model.free(address)
+    # 52 and 50 are enough for 60.
+    filled(model, 60)
+    assert (model.n_retries, model.reserved_bytes / MIB) == (0, 40 + 60)
+
+
 def test_a_memory_fraction_limits_what_is_reserved() -> None:
     model = allocator("per_process_memory_fraction:0.5", capacity_mib=100)
     filled(model, 40)
