@@ -22,6 +22,7 @@ from dpmem.jobs import (
     is_out_of_memory,
     measure_job,
 )
+from dpmem.replay_command import replay_command
 from dpmem.targets import TargetError, describe, load_job
 from dpmem.terminal import (
     BAD_INPUT,
@@ -185,6 +186,9 @@ def doctor(as_json: bool) -> int:
     else:
         Console().print(two_columns([(f"{f.what}: {f.verdict}", f.detail) for f in findings]))
     return FINDING if any(finding.verdict == "broken" for finding in findings) else 0
+
+
+cli.add_command(replay_command)
 
 
 def main() -> None:

@@ -8,7 +8,9 @@ from dpmem_profiling.job import InvalidJob, Job, StepContext, build, make_batch,
 from dpmem_profiling.meter import measure
 from dpmem_profiling.nvml import NvmlUnavailable, device_memory
 from dpmem_profiling.record import CATEGORIES, BatchSizeResult, Category, MemoryRecord, Probe
+from dpmem_profiling.replay import DeviceReplay, ReplayRun, replay_snapshot
 from dpmem_profiling.report import ReportFiles, terminal_table, write_report
+from dpmem_profiling.snapshot import read_snapshot
 from dpmem_profiling.trace import Untraceable
 from dpmem_profiling.tracker import MemoryLimitExceeded
 from dpmem_profiling.units import format_bytes
@@ -19,6 +21,7 @@ __all__ = [
     "BatchSizeResult",
     "CachingAllocator",
     "Category",
+    "DeviceReplay",
     "Estimate",
     "Forecast",
     "InvalidJob",
@@ -28,6 +31,7 @@ __all__ = [
     "NvmlUnavailable",
     "OutOfDeviceMemory",
     "Probe",
+    "ReplayRun",
     "ReportFiles",
     "StepContext",
     "Untraceable",
@@ -36,6 +40,8 @@ __all__ = [
     "format_bytes",
     "make_batch",
     "measure",
+    "read_snapshot",
+    "replay_snapshot",
     "run_step",
     "search",
     "terminal_table",

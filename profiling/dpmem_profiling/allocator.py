@@ -137,7 +137,10 @@ class CachingAllocator:
             raise ValueError(f"a request must be at least 1 byte; received {size_bytes}")
         wanted = self.settings.block_bytes(size_bytes)
         pool = self._memory.pool(stream, wanted <= SMALL_BYTES)
-        block = self._find(pool, wanted) or self._take_from_device(pool, wanted)
+        if self._garbage_bytes is not None and not pool.is_small:
+            self._memory.n_searches += 1
+        index = self._best_fit(pool, wanted)
+        block = self._take_from_device(pool, wanted) if index is None else pool.take(index)
         if block is None:
             raise OutOfDeviceMemory(
                 size_bytes,
@@ -154,6 +157,12 @@ class CachingAllocator:
         if self.allocated_bytes > self.peak_allocated_bytes:
             self.peak_allocated_bytes = self.allocated_bytes
         return block.address
+
+    def is_cached(self, size_bytes: int, stream: int = 0) -> bool:
+        """Whether a free block would serve the request, without asking the device."""
+        wanted = self.settings.block_bytes(size_bytes)
+        pool = self._memory.pool(stream, wanted <= SMALL_BYTES)
+        return self._best_fit(pool, wanted) is not None
 
     def free(self, address: int) -> None:
         """Give back what `malloc` returned; pending while other streams use it.
@@ -252,10 +261,8 @@ class CachingAllocator:
     def _is_oversize(self, size_bytes: int) -> bool:
         return self._max_split_bytes is not None and size_bytes >= self._max_split_bytes
 
-    def _find(self, pool: Pool, wanted_bytes: int) -> Block | None:
-        """Take the free block that fits best out of its pool."""
-        if self._garbage_bytes is not None and not pool.is_small:
-            self._memory.n_searches += 1
+    def _best_fit(self, pool: Pool, wanted_bytes: int) -> int | None:
+        """Where in the pool's free blocks the one is that serves a request; None if none does."""
         index = pool.first_of(wanted_bytes)
         if index == len(pool.free):
             return None
@@ -280,8 +287,7 @@ class CachingAllocator:
                 return None
         elif self._is_oversize(block.size_bytes):
             return None
-        del pool.free[index]
-        return block
+        return index
 
     def _take_from_device(self, pool: Pool, wanted_bytes: int) -> Block | None:
         if self._garbage_bytes is not None:

@@ -181,6 +181,11 @@ class Pool:
         """Where in `free` the blocks of at least `size_bytes` begin."""
         return bisect_left(self.free, (size_bytes,))
 
+    def take(self, index: int) -> Block:
+        """Take out the free block at a place in `free`."""
+        block: Block = self.free.pop(index)[-1]
+        return block
+
     def lowest_room(self, size_bytes: int) -> Block | None:
         """The lowest of free and unmapped blocks in a row that have `size_bytes` together."""
         for _, block in self.unmapped:

@@ -55,7 +55,7 @@ class AllocatorSettings:
             collects only where `per_process_memory_fraction` is below 1.
         per_process_memory_fraction: of the device's memory, what the allocator may reserve.
 
-    Raises ValueError for what PyTorch refuses.
+    Raises ValueError for what PyTorch or the device refuses.
     """
 
     expandable_segments: bool = False
@@ -70,6 +70,11 @@ class AllocatorSettings:
         large = self.large_segment_size_bytes
         if large <= MIN_LARGE_BYTES:
             raise ValueError(f"large_segment_size_mb must be above 10; received {large // MIB}")
+        if self.expandable_segments and large % SMALL_SEGMENT_BYTES:
+            raise ValueError(
+                f"large_segment_size_mb must be even with expandable_segments, as the device maps "
+                f"2 MiB at a time; received {large // MIB}"
+            )
         for name, size_bytes in (
             ("max_split_size_mb", self.max_split_size_bytes),
             ("max_non_split_rounding_mb", self.max_non_split_rounding_bytes),

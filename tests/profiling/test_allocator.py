@@ -30,7 +30,7 @@ def test_small_requests_share_a_segment_of_2_mib() -> None:
     first, second = model.malloc(1), model.malloc(513)
     assert second == first + 512
     assert (model.allocated_bytes, model.reserved_bytes) == (512 + 1024, 2 * MIB)
-    # 1 MiB is still small, but 2 MiB - 1536 bytes less 1 MiB is still enough for it.
+    # Of the 2 MiB less 1536 bytes that are left, one request of 1 MiB is served, a second not.
     filled(model, 1)
     assert model.reserved_bytes == 2 * MIB
     filled(model, 1)
@@ -41,11 +41,10 @@ def test_small_requests_share_a_segment_of_2_mib() -> None:
 def test_a_small_block_is_split_down_to_512_bytes() -> None:
     model = allocator()
     rest = 2 * MIB - 512
-    half = model.malloc(MIB)
+    filled(model, 1)
     model.malloc(rest - MIB)
     assert [block.state for block in model.segments()[0].blocks] == ["live", "live", "free"]
     assert model.segments()[0].blocks[2].size_bytes == 512
-    model.free(half)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +226,15 @@ def test_oversize_blocks_are_given_back_first(
     assert (model.n_retries, model.reserved_bytes / MIB) == (n_retries, left_mib + small)
 
 
+def test_the_largest_oversize_blocks_go_first() -> None:
+    model = allocator("max_split_size_mb:32", capacity_mib=142)
+    for address in filled(model, 40, 50, 52):
+        model.free(address)
+    # 52 and 50 are enough for 60.
+    filled(model, 60)
+    assert (model.n_retries, model.reserved_bytes / MIB) == (0, 40 + 60)
+
+
 def test_a_memory_fraction_limits_what_is_reserved() -> None:
     model = allocator("per_process_memory_fraction:0.5", capacity_mib=100)
     filled(model, 40)
@@ -323,13 +331,14 @@ def test_an_expandable_segment_runs_out_of_device_memory() -> None:
 
 def test_a_full_address_space_is_followed_by_another() -> None:
     model = allocator("expandable_segments:True", capacity_mib=80)
-    # 9/8 of 80 MiB is 90, in pages of 20 MiB 100.
-    blocks = filled(model, 50, 30)
+    # 9/8 of 80 MiB is 90: in pages of 20, address space for 100.
+    blocks = filled(model, 20, 20, 20, 20)
     model.free(blocks[0])
-    filled(model, 45)
-    model.free(blocks[1])
-    with pytest.raises(OutOfDeviceMemory):
-        filled(model, 60)
+    model.free(blocks[2])
+    # Two pages are unmapped then, but neither where they were nor at the end is room for 40.
+    (block,) = filled(model, 40)
+    assert not blocks[0] <= block < blocks[0] + 100 * MIB
+    assert (model.n_retries, model.reserved_bytes) == (1, 80 * MIB)
 
 
 def test_expandable_blocks_serve_nothing_once_they_are_turned_off() -> None:
