@@ -1,4 +1,4 @@
-"""TARGET strings -> Job: `file.py:function` and `package.module:function`."""
+"""TARGET strings -> Job: `file.py:function`, `package.module:function`, `hf:gpt2`."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+from dpmem import zoo
 from dpmem_profiling import Job
 
 
@@ -15,20 +16,25 @@ class TargetError(ValueError):
 
 
 def load_job(target: str) -> Job:
-    """The Job that `target`'s function returns.
+    """The Job that `target` names.
 
     target   "path/to/file.py:function" or "package.module:function"; the function takes no
-             arguments and returns a dpmem.Job
+             arguments and returns a dpmem.Job. Or a known model with random weights (dpmem.zoo):
+             "hf:gpt2-xl?seq=1024", "torchvision:resnet50", "timm:vit_base_patch16_224"
 
     The folder of the file, or the working folder for a module, comes first in sys.path, as it does
     for `python file.py` and `python -m package.module`; after an error sys.path is as it was.
 
-    Raises TargetError where it cannot be found, imported or called, or returns something else.
+    Raises TargetError where it cannot be found, imported or called, or returns something else, and
+    for an option of a known model that is none.
     """
+    if zoo.has(target):
+        return _from_zoo(target)
     place, separator, function_name = target.rpartition(":")
     if not separator or not place or not function_name.isidentifier():
         raise TargetError(
-            f"a TARGET must be file.py:function or package.module:function; received {target!r}"
+            f"a TARGET must be file.py:function or package.module:function; received {target!r}; "
+            "known models are hf:NAME, torchvision:NAME and timm:NAME"
         )
     path_before = list(sys.path)
     try:
@@ -36,6 +42,17 @@ def load_job(target: str) -> Job:
     except BaseException:
         sys.path[:] = path_before
         raise
+
+
+def _from_zoo(target: str) -> Job:
+    try:
+        return zoo.load(target)
+    except ValueError as error:
+        raise TargetError(f"TARGET {target!r}: {error}") from error
+    except Exception as error:
+        # What a library raises for settings that it refuses, at times inside an error of its own.
+        cause = error.__cause__ or error
+        raise TargetError(f"TARGET {target!r}: its library {describe(cause)}") from error
 
 
 def describe(error: BaseException) -> str:
