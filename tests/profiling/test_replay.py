@@ -175,6 +175,31 @@ class Recorder:
         return Snapshot(self.settings, (trace,))
 
 
+def test_an_oversize_block_from_before_is_known_whole() -> None:
+    recorder = Recorder("max_split_size_mb:32", capacity_bytes=300 * MIB)
+    for size_mib in (60, 45):
+        recorder.malloc(size_mib * MIB, 0)
+        recorder.free(next(iter(recorder.live)), is_used=False)
+    # Only the free of the 45 MiB, which had the 60 for themselves, is in the trace.
+    snapshot = recorder.snapshot(2)
+    start = trace_start(snapshot.devices[0], snapshot.settings)
+    assert [block.size_bytes for block in start.segments[0].blocks] == [60 * MIB]
+    assert start.n_unknown_sizes == 0
+    assert replay_snapshot(snapshot)[0].agreement.is_complete
+
+
+def test_pages_unmapped_before_are_the_first_to_be_mapped_again() -> None:
+    recorder = Recorder("expandable_segments:True", capacity_bytes=300 * MIB)
+    recorder.malloc(20 * MIB, 0)
+    recorder.malloc(20 * MIB, 0)
+    recorder.free(next(iter(recorder.live)), is_used=False)
+    recorder.model.empty_cache()
+    recorder.malloc(20 * MIB, 0)
+    # The trace begins with the mapping, below all that is mapped at its start.
+    (device,) = replay_snapshot(recorder.snapshot(2))
+    assert device.agreement.is_complete
+
+
 SETTINGS = [
     "",
     "expandable_segments:True",
