@@ -61,6 +61,7 @@ def cli(context: click.Context) -> None:
 
 
 cli.add_command(estimate_command)
+cli.add_command(replay_command)
 cli.add_command(top)
 
 
@@ -186,9 +187,6 @@ def doctor(as_json: bool) -> int:
     else:
         Console().print(two_columns([(f"{f.what}: {f.verdict}", f.detail) for f in findings]))
     return FINDING if any(finding.verdict == "broken" for finding in findings) else 0
-
-
-cli.add_command(replay_command)
 
 
 def main() -> None:
