@@ -23,7 +23,8 @@ class Step:
         event: an alloc, a free_requested or an oom; None after the last one.
         completed: addresses of blocks that other streams were then done with.
         device_calls: what the device was asked for and given back.
-        is_awaited: a free that was not completed at once, since other streams used the block.
+        is_awaited: a free that was not completed at once, since other streams used the block. One
+            whose completion is the very next event looks like any other, and is taken for it.
     """
 
     index: int
@@ -120,6 +121,8 @@ class RecordedDevice(Device):
             self.n_allocations += 1
             self.n_same_address += address == step.event.address
             is_different |= address != step.event.address
+        elif step.is_oom:
+            is_different |= address is not None
         if is_different and self.first_difference is None:
             self.first_difference = step.index
 

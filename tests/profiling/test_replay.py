@@ -200,6 +200,23 @@ def test_pages_unmapped_before_are_the_first_to_be_mapped_again() -> None:
     assert device.agreement.is_complete
 
 
+def test_a_request_that_fails_has_waited_for_other_streams_in_vain() -> None:
+    recorder = Recorder("", capacity_bytes=22 * MIB)
+    recorder.malloc(5 * MIB, 0)
+    recorder.malloc(9 * MIB, 0)
+    recorder.free(list(recorder.live)[1], is_used=True)
+    # Without an event between the two, a free that waited looks like one that did not.
+    recorder.malloc(1, 0)
+    # The search is over when the 9 MiB and the 6 behind them become one.
+    recorder.malloc(12 * MIB, 0)
+    actions = [event.action for event in recorder.events[-3:]]
+    assert actions == ["alloc", "free_completed", "oom"]
+    snapshot = recorder.snapshot(100)
+    (device,) = replay_snapshot(snapshot)
+    assert device.agreement.is_complete
+    assert (device.run.n_ooms, device.run.n_ooms_served) == (1, 0)
+
+
 SETTINGS = [
     "",
     "expandable_segments:True",
