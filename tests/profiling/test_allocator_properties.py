@@ -178,5 +178,5 @@ def test_a_million_events_take_seconds(text: str) -> None:
             place = random_sizes.randrange(len(live))
             live[place], live[-1] = live[-1], live[place]
             model.free(live.pop())
-    # 6 to 12 s on a shared core of 2026; a model that searches its blocks one by one takes minutes.
+    # 7 to 13 s on a shared core; a model that searches its blocks one by one takes minutes.
     assert time.process_time() - began_s < 40
