@@ -2,10 +2,11 @@
 
 A CPU build of torch with PyPI's torchvision lacks torchvision's compiled operators, and the import
 ends in "operator torchvision::nms does not exist". Classifiers call none of them: it is enough to
-declare those that are looked up on import.
+declare those that are looked up on import. Import this before whatever imports torchvision.
 """
 
 import importlib
+from types import ModuleType
 
 import torch
 
@@ -17,15 +18,17 @@ _LOOKED_UP_ON_IMPORT = (
 _DECLARED: list[torch.library.Library] = []
 
 
-def import_torchvision() -> None:
-    """Import torchvision, with its missing operators declared where it does not import without."""
+def _import() -> ModuleType:
     try:
-        importlib.import_module("torchvision")
+        return importlib.import_module("torchvision")
     except RuntimeError as error:
-        if "operator torchvision::" not in str(error) or _DECLARED:
+        if "operator torchvision::" not in str(error):
             raise
-        library = torch.library.Library("torchvision", "DEF")
-        for schema in _LOOKED_UP_ON_IMPORT:
-            library.define(schema)
-        _DECLARED.append(library)
-        importlib.import_module("torchvision")
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in _LOOKED_UP_ON_IMPORT:
+        library.define(schema)
+    _DECLARED.append(library)
+    return importlib.import_module("torchvision")
+
+
+torchvision = _import()
