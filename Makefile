@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
-sources := dpmem kernels profiling tests examples
+sources := dpmem kernels profiling tests examples reports
 
 next := $(VENV)/triton-next
 # Whole files, so that what a file compiles once is compiled once.
