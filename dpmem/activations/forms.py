@@ -2,7 +2,7 @@
 
 A form holds one flat run of values in memory order, and `restore` gives that run back, the same
 tensor for all who ask while it lives. What a form keeps is a tuple of small tensors, handed to
-`keep`: it leaves them on the device or takes them to host memory (see `offload`).
+`keep`, which leaves them on the device or takes them to host memory (see `offload`).
 """
 
 from collections.abc import Callable
@@ -32,6 +32,10 @@ Tensors = tuple[Tensor, ...]
 class Kept(Protocol):
     """Tensors in their waiting place."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where `fetch` brings them."""
+
     def tensors(self) -> Tensors:
         """What is held, wherever it is."""
 
@@ -49,6 +53,10 @@ class OnDevice:
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensors[0].device
 
     def tensors(self) -> Tensors:
         return self._tensors
@@ -78,8 +86,7 @@ class Form:
         return flat
 
     def _over(self, storage: torch.UntypedStorage) -> Tensor:
-        device = self.kept.tensors()[0].device if storage.device.type == "meta" else storage.device
-        flat = torch.empty(0, dtype=self.dtype, device=device)
+        flat = torch.empty(0, dtype=self.dtype, device=self.kept.device)
         return flat.set_(storage, 0, (self.numel,), (1,))
 
     def _decode(self, *kept: Tensor) -> Tensor:

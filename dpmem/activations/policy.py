@@ -77,10 +77,10 @@ class Policy:
             return PRESETS[name]
         try:
             return cls(linear_bits=2, budget_bytes=parse_bytes(name))
-        except ValueError:
+        except (TypeError, ValueError):
             raise ValueError(
-                f"activations must be one of {', '.join(map(repr, PRESETS))}, a budget such as "
-                f"'6GiB', a Policy or None; received {name!r}"
+                f"activations must be one of None, {', '.join(map(repr, PRESETS))}, a budget such "
+                f"as '6GiB', or a Policy; received {name!r}"
             ) from None
 
     def bits(self, use: Use) -> int | None:

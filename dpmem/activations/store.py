@@ -33,6 +33,7 @@ from dpmem.activations.forms import (
     Tensors,
     TwoValued,
 )
+from dpmem.activations.offload import HostMemory
 from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
 from dpmem.activations.roles import PoolGeometry, Use, use_of
 from dpmem.activations.tracker import CallTracker
@@ -113,11 +114,12 @@ class ActivationStore:
         self._least_numel = max(1, policy.minimum_numel)
         self._tracker = CallTracker(model, self._least_numel)
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._host = HostMemory() if policy.offload else None
         self._slots: dict[int, _Slot] = {}
         self._alive: weakref.WeakSet[Form] = weakref.WeakSet()
 
     def compressed_tensors(self) -> list[Tensor]:
-        """What the store holds in compressed form now."""
+        """What the store made and holds now: on the device, or on the host where it offloads."""
         return [tensor for form in self._alive for tensor in form.kept.tensors()]
 
     def __enter__(self) -> "ActivationStore":
@@ -135,6 +137,8 @@ class ActivationStore:
         self._forward += 1
         self._stream = 0
         self._tracker.refresh()
+        if self._host is not None:
+            self._host.begin_forward()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()
@@ -151,6 +155,8 @@ class ActivationStore:
         self._tracker.__exit__(kind, value, traceback)
         self._hooks = None
         self._slots.clear()
+        if self._host is not None:
+            self._host.end_forward()
 
     def _pack(self, tensor: Tensor) -> Packed:
         # Subclasses, nested tensors and what has no storage (sparse, vmap) pass through.
@@ -260,7 +266,7 @@ class ActivationStore:
         return form
 
     def _wait(self, tensors: Tensors) -> Kept:
-        return OnDevice(tensors)
+        return OnDevice(tensors) if self._host is None else self._host(tensors)
 
 
 def _flat(tensor: Tensor) -> Tensor:
