@@ -37,6 +37,9 @@ Role = Literal[
     "shape",  # backward asks only for its sizes and strides
     "statistics",  # mean, deviation, log-sum-exp, log-softmax: exact
     "other",  # unknown or sensitive: exact
+    "model",  # a parameter, a buffer, or made from these alone: exact
+    "small",  # fewer values than the policy looks at: exact
+    "foreign",  # a subclass, nested, sparse, conjugated: passed through
 ]
 
 
@@ -56,6 +59,10 @@ SIGN = Use("sign", "backward asks only where it is positive")
 SHAPE = Use("shape", "backward asks only for its shape")
 STATISTICS = Use("statistics", "small and sensitive")
 UNKNOWN = Use("other", "no role known for this function")
+MODEL = Use("model", "a parameter or buffer, or made from these alone")
+SMALL = Use("small", "smaller than minimum_numel")
+FOREIGN = Use("foreign", "no plain dense tensor")
+PASSED = (MODEL, SMALL, FOREIGN)
 
 NARROWEST_NORM = {8: 1, 4: 32, 2: 512}
 """Values normalised together, at least, for a norm's input to be stored at these many bits.

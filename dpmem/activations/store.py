@@ -10,13 +10,14 @@ tensor, forward, rank): torch's random state is neither read from nor moved.
 import math
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from dpmem.activations.budget import Agree, Planner
 from dpmem.activations.calls import storage_key
 from dpmem.activations.forms import (
     Bools,
@@ -35,78 +36,35 @@ from dpmem.activations.forms import (
 )
 from dpmem.activations.offload import HostMemory
 from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
-from dpmem.activations.roles import PoolGeometry, Use, use_of
+from dpmem.activations.roles import FOREIGN, MODEL, PASSED, SMALL, PoolGeometry, Use, use_of
+from dpmem.activations.sensitivity import GradientReader
+from dpmem.activations.slots import Packed, Saved, Slot, View
 from dpmem.activations.tracker import CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
 
 
-class _Slot:
-    """What is kept of one storage, in one version of it.
-
-    values   its values, in the most exact form that was needed
-    sign     where they are positive: codes could not tell for values near zero
-    """
-
-    __slots__ = ("dtype", "reference", "sign", "values", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Keeps the address from being reused, so that an entry never answers for a later storage.
-        self.reference = StorageWeakRef(tensor.untyped_storage())
-        self.version, self.dtype = tensor._version, tensor.dtype
-        self.values: Form | Exact | Recomputed | None = None
-        self.sign: Form | None = None
-
-    @property
-    def bits(self) -> int:
-        """Bits a value is kept in; 0: none is."""
-        return 0 if self.values is None else self.values.bits
-
-    def restore(self) -> Tensor:
-        """A tensor over the whole storage."""
-        assert self.values is not None
-        return self.values.restore()
-
-    def restore_sign(self) -> Tensor:
-        """A tensor over the whole storage whose values are positive where its are."""
-        return self.restore() if self.sign is None else self.sign.restore()
-
-
-class _View:
-    """The shape a saved tensor has within what is kept."""
-
-    __slots__ = ("_form", "_of_sign", "_source")
-
-    def __init__(self, source: _Slot | Form, tensor: Tensor, *, of_sign: bool = False) -> None:
-        self._source, self._of_sign = source, of_sign
-        if isinstance(source, _Slot):
-            self._form = tensor.shape, tensor.stride(), int(tensor.storage_offset())
-        else:
-            self._form = tensor.shape, torch.empty(tensor.shape, device="meta").stride(), 0
-
-    def restore(self) -> Tensor:
-        source = self._source
-        if self._of_sign:
-            assert isinstance(source, _Slot)
-            return source.restore_sign().as_strided(*self._form)
-        return source.restore().as_strided(*self._form)
-
-
-Packed = Exact | ShapeOnly | _View
-
-
 class ActivationStore:
     """Context manager: what autograd saves inside is stored as `policy` says.
 
     One instance serves a model for its life; each `with` is one forward and draws fresh noise.
-    `seed` and `rank` key the noise, so that ranks and runs differ where they should.
+    `seed` and `rank` key the noise, so that ranks and runs differ where they should. With a byte
+    budget `agree` makes the ranks of a data-parallel model choose alike; None: there is one.
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
     innermost ones, so inside torch.utils.checkpoint these would switch recomputation off.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, *, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        seed: int,
+        rank: int = 0,
+        agree: Agree | None = None,
+    ) -> None:
         self._policy = policy
         self._seed, self._rank = seed, rank
         self._forward = 0
@@ -115,7 +73,15 @@ class ActivationStore:
         self._tracker = CallTracker(model, self._least_numel)
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._host = HostMemory() if policy.offload else None
-        self._slots: dict[int, _Slot] = {}
+        self._planner: Planner | None = None
+        if policy.budget_bytes is not None:
+            self._planner = Planner(
+                policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
+            )
+        self._slots: dict[int, Slot] = {}
+        self._numbers = 0
+        # Every saved tensor of this forward, where somebody asks.
+        self.log: list[Saved] | None = None if self._planner is None else []
         self._alive: weakref.WeakSet[Form] = weakref.WeakSet()
 
     def compressed_tensors(self) -> list[Tensor]:
@@ -135,11 +101,17 @@ class ActivationStore:
                 "innermost; put the checkpoint inside the compressed model, not around it"
             )
         self._forward += 1
-        self._stream = 0
+        self._stream = self._numbers = 0
         self._tracker.refresh()
         if self._host is not None:
             self._host.begin_forward()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        unpack = _unpack
+        if self._planner is not None:
+            self._planner.begin()
+            if self._planner.reader is not None:
+                self._tracker.watch = self._planner.reader.arm
+                unpack = partial(_unpack_and_read, self._planner.reader)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()
         return self
@@ -154,22 +126,39 @@ class ActivationStore:
         self._hooks.__exit__(kind, value, traceback)
         self._tracker.__exit__(kind, value, traceback)
         self._hooks = None
+        self._tracker.watch = None
         self._slots.clear()
         if self._host is not None:
             self._host.end_forward()
+        if self._planner is not None and kind is None:
+            assert self.log is not None
+            self._planner.end(self._numbers + 1, self.log)
+            self.log = []
 
     def _pack(self, tensor: Tensor) -> Packed:
-        # Subclasses, nested tensors and what has no storage (sparse, vmap) pass through.
+        use = self._use_of(tensor)
+        packed = Exact(tensor) if use in PASSED else self._store(tensor, use)
+        if self.log is not None:
+            name = None if self._tracker.call is None else self._tracker.call.name
+            key = storage_key(tensor)
+            size = tensor.nbytes if key is None else tensor.untyped_storage().nbytes()
+            form = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            self.log.append(Saved(packed, use, name, form, key, size))
+        return packed
+
+    def _use_of(self, tensor: Tensor) -> Use:
         if type(tensor) is not Tensor and type(tensor) is not FakeTensor:
-            return Exact(tensor)
-        if tensor.numel() < self._least_numel or tensor.is_nested or storage_key(tensor) is None:
-            return Exact(tensor)
+            return MODEL if isinstance(tensor, nn.Parameter) else FOREIGN
+        if storage_key(tensor) is None or tensor.is_nested:
+            return FOREIGN
         # Expanded from a small storage, it has no more values than that.
-        if _numel_of_storage(tensor) < self._least_numel or tensor.is_conj() or tensor.is_neg():
-            return Exact(tensor)
+        if min(tensor.numel(), _numel_of_storage(tensor)) < self._least_numel:
+            return MODEL if self.log is not None and self._tracker.owns(tensor) else SMALL
         if self._tracker.owns(tensor):
-            return Exact(tensor)
-        return self._store(tensor, use_of(tensor, self._tracker.call))
+            return MODEL
+        if tensor.is_conj() or tensor.is_neg():
+            return FOREIGN
+        return use_of(tensor, self._tracker.call)
 
     def _store(self, tensor: Tensor, use: Use) -> Packed:
         """`tensor`, an activation, as the policy has it for this use."""
@@ -186,8 +175,22 @@ class ActivationStore:
                 return self._keep(tensor, 1, lambda flat: TwoValued(flat, self._wait))
             bits = self._policy.bits(use)
             if bits is not None:
-                return self._keep(tensor, bits, lambda flat: self._codes(flat, bits))
+                return self._coded(tensor, bits)
         return self._exact(tensor)
+
+    def _coded(self, tensor: Tensor, bits: int) -> Packed:
+        """`bits` of each value, or as many more as the budget allows."""
+        if self._planner is not None:
+            exact_bits = 8 * tensor.dtype.itemsize
+            slot = self._slot_of(tensor)
+            if slot is not None and slot.values is None and self._derive(slot, tensor, bits):
+                return View(slot, tensor, slot.number)
+            number = self._next_number() if slot is None else slot.number
+            numel = tensor.numel() if slot is None else _numel_of_storage(tensor)
+            bits = self._planner.bits(number, numel, exact_bits, bits)
+            if bits == exact_bits:
+                return self._exact(tensor)
+        return self._keep(tensor, bits, lambda flat: self._codes(flat, bits))
 
     def _keep(self, tensor: Tensor, bits: int, make: Callable[[Tensor], Form]) -> Packed:
         """Keep `bits` of each value: the whole storage where it is one tensor, else this alone."""
@@ -196,10 +199,11 @@ class ActivationStore:
             if tensor.numel() > _numel_of_storage(tensor):
                 # Expanded from part of a storage: codes of every repetition could be larger.
                 return Exact(tensor)
-            return _View(self._track(make(tensor.detach().contiguous().view(-1))), tensor)
+            form = self._track(make(tensor.detach().contiguous().view(-1)))
+            return View(form, tensor, self._numbers)
         if slot.bits < bits and not self._derive(slot, tensor, bits):
             slot.values = self._track(make(_flat(tensor)))
-        return _View(slot, tensor)
+        return View(slot, tensor, slot.number)
 
     def _exact(self, tensor: Tensor) -> Packed:
         bits = 8 * tensor.dtype.itemsize
@@ -212,7 +216,7 @@ class ActivationStore:
             if not self._derive(slot, tensor, bits):
                 slot.values = Exact(tensor)
             slot.sign = None
-        return _View(slot, tensor)
+        return View(slot, tensor, slot.number)
 
     def _sign(self, tensor: Tensor) -> Packed:
         slot = self._slot_of(tensor)
@@ -220,7 +224,7 @@ class ActivationStore:
             return self._keep(tensor, 1, lambda flat: Positive(flat, self._wait))
         if slot.sign is None and slot.bits < 8 * tensor.dtype.itemsize:
             slot.sign = self._track(Positive(_flat(tensor), self._wait))
-        return _View(slot, tensor, of_sign=True)
+        return View(slot, tensor, slot.number, of_sign=True)
 
     def _pool_index(self, tensor: Tensor) -> Packed:
         assert self._tracker.call is not None
@@ -230,14 +234,14 @@ class ActivationStore:
             return self._exact(tensor)
         if slot.bits == 0:
             slot.values = self._track(PoolOffsets(tensor.detach(), geometry, self._wait))
-        return _View(slot, tensor)
+        return View(slot, tensor, slot.number)
 
     def _codes(self, flat: Tensor, bits: int) -> Form:
         noise = Noise(self._seed, self._stream, self._forward, self._rank)
         self._stream += 1
         return Codes(flat, bits, self._policy.group_size, noise, self._wait)
 
-    def _derive(self, slot: _Slot, tensor: Tensor, bits: int) -> bool:
+    def _derive(self, slot: Slot, tensor: Tensor, bits: int) -> bool:
         """Let `slot` be computed again from another one, kept at `bits` or more, if it can."""
         derivation = self._tracker.derivation(tensor)
         if derivation is None:
@@ -250,7 +254,7 @@ class ActivationStore:
         slot.values = Recomputed(source, derivation.recompute, tensor)
         return True
 
-    def _slot_of(self, tensor: Tensor) -> _Slot | None:
+    def _slot_of(self, tensor: Tensor) -> Slot | None:
         """The slot of the tensor's storage; None where that is not one tensor from end to end."""
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
         if base.numel() != _numel_of_storage(tensor) or base.dtype != tensor.dtype:
@@ -258,8 +262,12 @@ class ActivationStore:
         key = tensor.untyped_storage()._cdata
         slot = self._slots.get(key)
         if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
-            slot = self._slots[key] = _Slot(tensor)
+            slot = self._slots[key] = Slot(tensor, self._next_number())
         return slot
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
 
     def _track(self, form: Form) -> Form:
         self._alive.add(form)
@@ -280,3 +288,7 @@ def _numel_of_storage(tensor: Tensor) -> int:
 
 def _unpack(packed: Packed) -> Tensor:
     return packed.restore()
+
+
+def _unpack_and_read(reader: GradientReader, packed: Packed) -> Tensor:
+    return packed.restore_and_read(reader) if isinstance(packed, View) else packed.restore()

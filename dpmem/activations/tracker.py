@@ -60,6 +60,8 @@ class CallTracker(TorchFunctionMode):
         # and the weak reference keeps the address from being reused.
         self._computed: dict[int | None, tuple[StorageWeakRef, int]] = {}
         self._derived: dict[int, Derivation] = {}
+        self.watch: Callable[[FunctionCall, Any], None] | None = None
+        """Told of every function and its result, after it ran."""
 
     def refresh(self) -> None:
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
@@ -106,6 +108,8 @@ class CallTracker(TorchFunctionMode):
             result = func(*args, **call.kwargs)
         finally:
             self.call = previous
+        if self.watch is not None:
+            self.watch(call, result)
         if of_the_model:
             for tensor in tensors_in(result):
                 self._add(tensor)
