@@ -87,7 +87,7 @@ def allocate(
 
 
 class Planner:
-    """Chooses the bits of each forward's storages, numbered in the order they are first saved in.
+    """Chooses the bits of each forward's storages, numbered from 1 by when they were first saved.
 
     Raises RuntimeError where the fewest bits take more than the budget, and where ranks save
     different numbers of tensors.
@@ -111,7 +111,8 @@ class Planner:
     def begin(self) -> None:
         """A forward begins: plan by what the last ones told, and read this one if it is due."""
         if self.reader is not None and self.reader.readings:
-            self._sensitivity = self._maximum(sensitivities(self.reader.readings, self._count))
+            told = sensitivities(self.reader.readings, self._count + 1)
+            self._sensitivity = self._maximum(told)
             self.reader = None
             self._plan()
         elif self._agree is None and self._planned and self._candidates != self._planned:
@@ -135,8 +136,8 @@ class Planner:
             return least
         return max(self._chosen[number], least)
 
-    def end(self, count: int, saved: Collection[Saved]) -> None:
-        """A forward that saved these tensors, in `count` storages, ended."""
+    def end(self, saved: Collection[Saved]) -> None:
+        """A forward that saved these tensors ended."""
         kept = stored_bytes(saved)
         total_bytes = sum(kept.values())
         # By number, what the candidates' values took, once each.
@@ -146,7 +147,7 @@ class Planner:
             if isinstance(one.packed, View) and one.packed.number in self._candidates
             if (held := one.packed.values_key()) is not None
         }
-        self._count = count
+        self._count = len(saved)
         self._fixed_bytes = total_bytes - sum(kept[held] for held in values.values())
         if total_bytes <= self._budget_bytes:
             return
@@ -162,31 +163,33 @@ class Planner:
             )
 
     def _plan(self) -> None:
-        numbers = sorted(self._candidates)
-        candidates = [self._candidates[number] for number in numbers]
-        sizes = self._maximum(
-            torch.tensor(
-                [self._fixed_bytes, *(candidate.numel for candidate in candidates)],
-                dtype=torch.float64,
-            )
-        ).tolist()
-        largest = [
-            candidate._replace(numel=int(numel))
-            for candidate, numel in zip(candidates, sizes[1:], strict=True)
-        ]
-        weights = [
-            float(self._sensitivity[number]) if number < len(self._sensitivity) else 0.0
-            for number in numbers
-        ]
-        free = self._budget_bytes - int(sizes[0])
-        chosen = allocate(largest, weights, free, self._group_size)
+        # A row a number: a rank with a smaller batch may have fewer candidates, and plans for all.
+        table = torch.zeros(self._count + 1, 3, dtype=torch.float64)
+        for number, candidate in self._candidates.items():
+            table[number] = torch.tensor(candidate)
+        table[0, 0] = self._fixed_bytes
+        table = self._maximum(table)
+        candidates = {
+            number: Candidate(*map(int, row))
+            for number, row in enumerate(table.tolist())
+            if number > 0 and row[0] > 0
+        }
+        # What was saved beyond the forward that was read is not known to matter.
+        weights = [*self._sensitivity.tolist(), *[0.0] * self._count]
+        free_bytes = self._budget_bytes - int(table[0, 0])
+        chosen = allocate(
+            list(candidates.values()),
+            [weights[number] for number in candidates],
+            free_bytes,
+            self._group_size,
+        )
         self._planned = dict(self._candidates)
-        self._chosen = dict(zip(numbers, chosen, strict=True))
+        self._chosen = dict(zip(candidates, chosen, strict=True))
 
     def _maximum(self, values: Tensor) -> Tensor:
         if self._agree is None:
             return values
-        size = float(values.numel())
+        size = float(len(values) - 1)
         low, high = self._agree(torch.tensor([-size, size], dtype=torch.float64)).tolist()
         if -low != high:
             raise RuntimeError(

@@ -79,7 +79,8 @@ class ActivationStore:
                 policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
             )
         self._slots: dict[int, Slot] = {}
-        self._numbers = 0
+        # Of the tensor that is packed now, from 1; a slot has that of its first.
+        self._number = 0
         # Every saved tensor of this forward, where somebody asks.
         self.log: list[Saved] | None = None if self._planner is None else []
         self._alive: weakref.WeakSet[Form] = weakref.WeakSet()
@@ -101,7 +102,7 @@ class ActivationStore:
                 "innermost; put the checkpoint inside the compressed model, not around it"
             )
         self._forward += 1
-        self._stream = self._numbers = 0
+        self._stream = self._number = 0
         self._tracker.refresh()
         if self._host is not None:
             self._host.begin_forward()
@@ -132,10 +133,11 @@ class ActivationStore:
             self._host.end_forward()
         if self._planner is not None and kind is None:
             assert self.log is not None
-            self._planner.end(self._numbers + 1, self.log)
+            self._planner.end(self.log)
             self.log = []
 
     def _pack(self, tensor: Tensor) -> Packed:
+        self._number += 1
         use = self._use_of(tensor)
         packed = Exact(tensor) if use in PASSED else self._store(tensor, use)
         if self.log is not None:
@@ -185,7 +187,7 @@ class ActivationStore:
             slot = self._slot_of(tensor)
             if slot is not None and slot.values is None and self._derive(slot, tensor, bits):
                 return View(slot, tensor, slot.number)
-            number = self._next_number() if slot is None else slot.number
+            number = self._number if slot is None else slot.number
             numel = tensor.numel() if slot is None else _numel_of_storage(tensor)
             bits = self._planner.bits(number, numel, exact_bits, bits)
             if bits == exact_bits:
@@ -200,7 +202,7 @@ class ActivationStore:
                 # Expanded from part of a storage: codes of every repetition could be larger.
                 return Exact(tensor)
             form = self._track(make(tensor.detach().contiguous().view(-1)))
-            return View(form, tensor, self._numbers)
+            return View(form, tensor, self._number)
         if slot.bits < bits and not self._derive(slot, tensor, bits):
             slot.values = self._track(make(_flat(tensor)))
         return View(slot, tensor, slot.number)
@@ -262,12 +264,8 @@ class ActivationStore:
         key = tensor.untyped_storage()._cdata
         slot = self._slots.get(key)
         if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
-            slot = self._slots[key] = Slot(tensor, self._next_number())
+            slot = self._slots[key] = Slot(tensor, self._number)
         return slot
-
-    def _next_number(self) -> int:
-        self._numbers += 1
-        return self._numbers
 
     def _track(self, form: Form) -> Form:
         self._alive.add(form)
