@@ -48,12 +48,12 @@ class Slot:
 class View:
     """The shape a saved tensor has within what is kept."""
 
-    __slots__ = ("_form", "_of_sign", "number", "source")
+    __slots__ = ("_form", "number", "of_sign", "source")
 
     def __init__(
         self, source: Slot | Form, tensor: Tensor, number: int, *, of_sign: bool = False
     ) -> None:
-        self.source, self.number, self._of_sign = source, number, of_sign
+        self.source, self.number, self.of_sign = source, number, of_sign
         if isinstance(source, Slot):
             self._form = tensor.shape, tensor.stride(), int(tensor.storage_offset())
         else:
@@ -61,7 +61,7 @@ class View:
 
     def restore(self) -> Tensor:
         source = self.source
-        if self._of_sign:
+        if self.of_sign:
             assert isinstance(source, Slot)
             return source.restore_sign().as_strided(*self._form)
         return source.restore().as_strided(*self._form)
@@ -76,7 +76,7 @@ class View:
     def restore_and_read(self, reader: GradientReader) -> Tensor:
         """`restore`, and let `reader` see who asks."""
         restored = self.restore()
-        if not self._of_sign and restored.dtype in COMPRESSIBLE_DTYPES:
+        if not self.of_sign and restored.dtype in COMPRESSIBLE_DTYPES:
             reader.read(self.number, restored, self.source.restore())
         return restored
 
@@ -90,6 +90,8 @@ class Saved(NamedTuple):
     packed: Packed
     use: Use
     function: str | None
+    module: str | None
+    """Where it was saved, where somebody follows the modules."""
     tensor: str
     """Its shape and dtype."""
     storage_key: int | None

@@ -83,6 +83,9 @@ class ActivationStore:
         self._number = 0
         # Every saved tensor of this forward, where somebody asks.
         self.log: list[Saved] | None = None if self._planner is None else []
+        self.module_name: str | None = None
+        # Reads the next backward, where somebody asks without a budget.
+        self.reader: GradientReader | None = None
         self._alive: weakref.WeakSet[Form] = weakref.WeakSet()
 
     def compressed_tensors(self) -> list[Tensor]:
@@ -109,9 +112,10 @@ class ActivationStore:
         unpack = _unpack
         if self._planner is not None:
             self._planner.begin()
-            if self._planner.reader is not None:
-                self._tracker.watch = self._planner.reader.arm
-                unpack = partial(_unpack_and_read, self._planner.reader)
+            self.reader = self._planner.reader
+        if self.reader is not None:
+            self._tracker.watch = self.reader.arm
+            unpack = partial(_unpack_and_read, self.reader)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()
@@ -145,7 +149,7 @@ class ActivationStore:
             key = storage_key(tensor)
             size = tensor.nbytes if key is None else tensor.untyped_storage().nbytes()
             form = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            self.log.append(Saved(packed, use, name, form, key, size))
+            self.log.append(Saved(packed, use, name, self.module_name, form, key, size))
         return packed
 
     def _use_of(self, tensor: Tensor) -> Use:
@@ -155,7 +159,7 @@ class ActivationStore:
             return FOREIGN
         # Expanded from a small storage, it has no more values than that.
         if min(tensor.numel(), _numel_of_storage(tensor)) < self._least_numel:
-            return MODEL if self.log is not None and self._tracker.owns(tensor) else SMALL
+            return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
         if self._tracker.owns(tensor):
             return MODEL
         if tensor.is_conj() or tensor.is_neg():

@@ -73,21 +73,22 @@ class CallTracker(TorchFunctionMode):
         self._derived.clear()
 
     def owns(self, tensor: Tensor) -> bool:
-        """True for parameters, buffers, what was computed from them alone, and copies of either."""
-        if self._is_known(tensor):
+        """True for parameters, buffers, what was computed from them alone, and copies."""
+        if self.holds(tensor):
             return True
-        return self.call is not None and any(map(self._is_known, self.call.origins(tensor)))
+        return self.call is not None and any(map(self.holds, self.call.origins(tensor)))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """True for parameters, buffers and what was computed from them alone."""
+        key = storage_key(tensor)
+        if key in self._computed:
+            return not tensor.is_inference() and self._computed[key][1] == tensor._version
+        return key in self._held or type(tensor) is nn.Parameter
 
     def derivation(self, tensor: Tensor) -> Derivation | None:
         """How the tensor's storage comes from another one by arithmetic, if it does."""
         found = self._derived.get(tensor.untyped_storage()._cdata)
         return found if found is not None and found.result_version == tensor._version else None
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        key = storage_key(tensor)
-        if key in self._computed:
-            return not tensor.is_inference() and self._computed[key][1] == tensor._version
-        return key in self._held or type(tensor) is nn.Parameter
 
     def __torch_function__(
         self,
@@ -120,7 +121,7 @@ class CallTracker(TorchFunctionMode):
     def _takes_only_the_models(self, call: FunctionCall) -> bool:
         found = False
         for tensor in call.tensors():
-            if not self._is_known(tensor):
+            if not self.holds(tensor):
                 return False
             found = True
         return found
