@@ -8,8 +8,10 @@ tensor, forward, rank): torch's random state is neither read from nor moved.
 """
 
 import math
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 
@@ -43,6 +45,11 @@ from dpmem.activations.tracker import CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
+_COMPILED = (
+    "activation compression needs the model to run uncompiled; received a call of code that "
+    "torch.compile made: it saves all tensors at once, under no function's name, and asks for all "
+    "at once; leave torch.compile or the compression away"
+)
 
 
 class ActivationStore:
@@ -53,7 +60,8 @@ class ActivationStore:
     budget `agree` makes the ranks of a data-parallel model choose alike; None: there is one.
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
-    innermost ones, so inside torch.utils.checkpoint these would switch recomputation off.
+    innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
+    NotImplementedError where compiled code runs inside.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class ActivationStore:
             self._planner = Planner(
                 policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
             )
+        self._no_compiled_code: AbstractContextManager[None] | None = None
         self._slots: dict[int, Slot] = {}
         # Of the tensor that is packed now, from 1; a slot has that of its first.
         self._number = 0
@@ -93,6 +102,8 @@ class ActivationStore:
         return [tensor for form in self._alive for tensor in form.kept.tensors()]
 
     def __enter__(self) -> "ActivationStore":
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(_COMPILED)
         if self._hooks is not None:
             raise RuntimeError(
                 "a model's activations must be compressed once; its store is already active; "
@@ -104,6 +115,12 @@ class ActivationStore:
                 "active (checkpoint, save_on_cpu or another compression), and torch runs only the "
                 "innermost; put the checkpoint inside the compressed model, not around it"
             )
+        if "torch._dynamo" in sys.modules:
+            # Compiled code was compiled without the tracker's mode: torch's own guards notice.
+            try:
+                self._no_compiled_code = torch.compiler.set_stance("fail_on_recompile")
+            except RuntimeError as error:
+                raise NotImplementedError(_COMPILED) from error
         self._forward += 1
         self._stream = self._number = 0
         self._tracker.refresh()
@@ -131,10 +148,15 @@ class ActivationStore:
         self._hooks.__exit__(kind, value, traceback)
         self._tracker.__exit__(kind, value, traceback)
         self._hooks = None
+        if self._no_compiled_code is not None:
+            self._no_compiled_code.__exit__(kind, value, traceback)
+            self._no_compiled_code = None
         self._tracker.watch = None
         self._slots.clear()
         if self._host is not None:
             self._host.end_forward()
+        if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
+            raise NotImplementedError(_COMPILED) from value
         if self._planner is not None and kind is None:
             assert self.log is not None
             self._planner.end(self.log)
