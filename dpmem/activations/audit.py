@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dpmem.activations.forms import (
     Bools,
@@ -178,7 +179,7 @@ def _read(
         return None
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.autograd.grad(value, parameters, allow_unused=True)
-    return sensitivities(reader.readings, len(log) + 1).tolist()
+    return sensitivities(reader.readings, len(log) + 1)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -189,9 +190,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _rows(log: list[Saved], sensitivity: list[float] | None) -> Iterator[AuditRow]:
     counted: set[object] = set()
-    first: dict[int, int] = {}
+    first: dict[StorageWeakRef, int] = {}
     for number, one in enumerate(log, 1):
-        shared = None if one.storage_key is None else first.setdefault(one.storage_key, number)
+        shared = None if one.storage is None else first.setdefault(one.storage, number)
         # What the model owns is not kept for backward's sake.
         kept = {} if one.use.role == "model" else stored_bytes([one])
         after = sum(size for held, size in kept.items() if held not in counted)

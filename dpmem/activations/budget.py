@@ -8,7 +8,7 @@ need more, so what is planned is an upper bound of what is stored.
 
 import heapq
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class Planner:
         self._candidates: dict[int, Candidate] = {}
         self._planned: dict[int, Candidate] = {}
         self._chosen: dict[int, int] = {}
-        self._sensitivity = torch.zeros(0, dtype=torch.float64)
+        self._sensitivity: list[float] = []
         self._since_refresh = 0
         self._fixed_bytes = 0
         self._count = 0
@@ -121,7 +121,7 @@ class Planner:
             self._plan()
         self._candidates = {}
         self._since_refresh += 1
-        due = self._since_refresh > self._refresh_forwards or not self._sensitivity.numel()
+        due = self._since_refresh > self._refresh_forwards or not self._sensitivity
         if due:
             self.reader = GradientReader(self._group_size)
             self._since_refresh = 0
@@ -164,32 +164,32 @@ class Planner:
 
     def _plan(self) -> None:
         # A row a number: a rank with a smaller batch may have fewer candidates, and plans for all.
-        table = torch.zeros(self._count + 1, 3, dtype=torch.float64)
+        table = [[0, 0, 0] for _ in range(self._count + 1)]
         for number, candidate in self._candidates.items():
-            table[number] = torch.tensor(candidate)
-        table[0, 0] = self._fixed_bytes
+            table[number] = list(candidate)
+        table[0][0] = self._fixed_bytes
         table = self._maximum(table)
         candidates = {
             number: Candidate(*map(int, row))
-            for number, row in enumerate(table.tolist())
+            for number, row in enumerate(table)
             if number > 0 and row[0] > 0
         }
         # What was saved beyond the forward that was read is not known to matter.
-        weights = [*self._sensitivity.tolist(), *[0.0] * self._count]
-        free_bytes = self._budget_bytes - int(table[0, 0])
+        weights = [*self._sensitivity, *[0.0] * self._count]
         chosen = allocate(
             list(candidates.values()),
             [weights[number] for number in candidates],
-            free_bytes,
+            self._budget_bytes - int(table[0][0]),
             self._group_size,
         )
         self._planned = dict(self._candidates)
         self._chosen = dict(zip(candidates, chosen, strict=True))
 
-    def _maximum(self, values: Tensor) -> Tensor:
+    def _maximum(self, rows: list[Any]) -> list[Any]:
+        """The elementwise maximum over the ranks of a list of numbers, or of rows of them."""
         if self._agree is None:
-            return values
-        size = float(len(values) - 1)
+            return rows
+        size = float(len(rows) - 1)
         low, high = self._agree(torch.tensor([-size, size], dtype=torch.float64)).tolist()
         if -low != high:
             raise RuntimeError(
@@ -197,4 +197,4 @@ class Planner:
                 f"{int(-low)} to {int(high)}; give each rank's model the same forward, or use "
                 "fixed bits"
             )
-        return self._agree(values)
+        return self._agree(torch.tensor(rows, dtype=torch.float64)).tolist()

@@ -62,7 +62,6 @@ UNKNOWN = Use("other", "no role known for this function")
 MODEL = Use("model", "a parameter or buffer, or made from these alone")
 SMALL = Use("small", "smaller than minimum_numel")
 FOREIGN = Use("foreign", "no plain dense tensor")
-PASSED = (MODEL, SMALL, FOREIGN)
 
 NARROWEST_NORM = {8: 1, 4: 32, 2: 512}
 """Values normalised together, at least, for a norm's input to be stored at these many bits.

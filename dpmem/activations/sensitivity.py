@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import grad as convolution_gradients
 
 from dpmem.activations.calls import FunctionCall, tensors_in
@@ -154,17 +155,21 @@ def _unit_variance(whole: Tensor, group_size: int) -> Tensor:
     return (span.square() / 6).repeat_interleave(group_size, 1).view(-1)
 
 
-def sensitivities(readings: list[Reading], count: int) -> Tensor:
-    """C of each of `count` storages: fp64 on the host. Waits for the device once.
+def sensitivities(readings: list[Reading], count: int) -> list[float]:
+    """C of each of `count` storages. Waits for the device once.
 
-    A storage that no gradient passed has 0.
+    A storage that no gradient passed has 0, and so have all where tensors are fake and hold no
+    values, as in a forecast.
     """
-    result = torch.zeros(count, dtype=torch.float64)
-    if not readings:
+    result = [0.0] * count
+    if not readings or isinstance(readings[0].direct, FakeTensor):
         return result
-    table = torch.stack([torch.stack(reading[1:]) for reading in readings]).double().cpu()
-    direct, relative, energy = table.unbind(1)
-    # What backward still reaches: the readings after each.
-    reached = energy.flip(0).cumsum(0).flip(0) - energy
-    numbers = torch.tensor([reading.number for reading in readings])
-    return result.index_add_(0, numbers, direct + relative * reached)
+    table = torch.stack([torch.stack(reading[1:]) for reading in readings]).tolist()
+    # Of the weights that backward still reaches: those of the readings after each.
+    reached = 0.0
+    for reading, (direct, relative, energy) in zip(
+        reversed(readings), reversed(table), strict=True
+    ):
+        result[reading.number] += direct + relative * reached
+        reached += energy
+    return result

@@ -94,7 +94,8 @@ class Saved(NamedTuple):
     """Where it was saved, where somebody follows the modules."""
     tensor: str
     """Its shape and dtype."""
-    storage_key: int | None
+    storage: StorageWeakRef | None
+    """Keeps the address from being reused, so that equal ones are one storage."""
     storage_bytes: int
 
 

@@ -18,6 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dpmem.activations.budget import Agree, Planner
 from dpmem.activations.calls import storage_key
@@ -38,7 +39,7 @@ from dpmem.activations.forms import (
 )
 from dpmem.activations.offload import HostMemory
 from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
-from dpmem.activations.roles import FOREIGN, MODEL, PASSED, SMALL, PoolGeometry, Use, use_of
+from dpmem.activations.roles import FOREIGN, MODEL, SMALL, PoolGeometry, Use, use_of
 from dpmem.activations.sensitivity import GradientReader
 from dpmem.activations.slots import Packed, Saved, Slot, View
 from dpmem.activations.tracker import CallTracker
@@ -165,22 +166,28 @@ class ActivationStore:
     def _pack(self, tensor: Tensor) -> Packed:
         self._number += 1
         use = self._use_of(tensor)
-        packed = Exact(tensor) if use in PASSED else self._store(tensor, use)
+        passed = use is SMALL or use is MODEL or use is FOREIGN
+        packed = Exact(tensor) if passed else self._store(tensor, use)
         if self.log is not None:
             name = None if self._tracker.call is None else self._tracker.call.name
-            key = storage_key(tensor)
-            size = tensor.nbytes if key is None else tensor.untyped_storage().nbytes()
+            storage, size = None, tensor.numel() * tensor.dtype.itemsize
+            if storage_key(tensor) is not None:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                size = tensor.untyped_storage().nbytes()
             form = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-            self.log.append(Saved(packed, use, name, self.module_name, form, key, size))
+            self.log.append(Saved(packed, use, name, self.module_name, form, storage, size))
         return packed
 
     def _use_of(self, tensor: Tensor) -> Use:
         if type(tensor) is not Tensor and type(tensor) is not FakeTensor:
             return MODEL if isinstance(tensor, nn.Parameter) else FOREIGN
+        small = tensor.numel() < self._least_numel
+        if small and self.log is None:
+            return SMALL
         if storage_key(tensor) is None or tensor.is_nested:
             return FOREIGN
         # Expanded from a small storage, it has no more values than that.
-        if min(tensor.numel(), _numel_of_storage(tensor)) < self._least_numel:
+        if small or _numel_of_storage(tensor) < self._least_numel:
             return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
         if self._tracker.owns(tensor):
             return MODEL

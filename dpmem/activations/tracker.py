@@ -8,7 +8,7 @@ function mode sees, and weights mixed with a tensor that is not the model's, a c
 forward included.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ _NONLINEAR_BITS = 8
 class Derivation(NamedTuple):
     """A storage that is arithmetic on one other, value by value in memory order."""
 
-    result: StorageWeakRef
-    """Keeps the address from being reused."""
+    result: StorageWeakRef | None
+    """Keeps the address from being reused; None: it is the source itself."""
     result_version: int
     source_key: int
     source_version: int
@@ -65,8 +65,7 @@ class CallTracker(TorchFunctionMode):
 
     def refresh(self) -> None:
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
-        held = (*self._model.parameters(), *self._model.buffers())
-        self._held = {storage_key(tensor) for tensor in held} - {None}
+        self._held = {storage_key(tensor) for tensor in _tensors_of(self._model)} - {None}
         self._computed = {
             key: entry for key, entry in self._computed.items() if not entry[0].expired()
         }
@@ -119,12 +118,11 @@ class CallTracker(TorchFunctionMode):
         return result
 
     def _takes_only_the_models(self, call: FunctionCall) -> bool:
-        found = False
-        for tensor in call.tensors():
-            if not self.holds(tensor):
-                return False
-            found = True
-        return found
+        # Most calls begin with an activation.
+        if call.args and isinstance(call.args[0], Tensor) and not self.holds(call.args[0]):
+            return False
+        tensors = list(call.tensors())
+        return bool(tensors) and all(map(self.holds, tensors))
 
     def _add(self, tensor: Tensor) -> None:
         key = storage_key(tensor)
@@ -166,9 +164,28 @@ class CallTracker(TorchFunctionMode):
 
 
 def _itself(tensor: Tensor) -> Derivation:
-    storage = tensor.untyped_storage()
-    reference, version = StorageWeakRef(storage), tensor._version
-    return Derivation(reference, version, storage._cdata, version, lambda flat: flat, affine=True)
+    version = tensor._version
+    key = tensor.untyped_storage()._cdata
+    return Derivation(None, version, key, version, _same, affine=True)
+
+
+def _same(flat: Tensor) -> Tensor:
+    return flat
+
+
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """The model's parameters and buffers; at every forward, so without the names."""
+    seen: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for held in (*module._parameters.values(), *module._buffers.values()):
+            if held is not None:
+                yield held
+        waiting += [child for child in module._modules.values() if child is not None]
 
 
 def _is_by_number(call: FunctionCall) -> bool:
