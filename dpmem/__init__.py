@@ -3,6 +3,7 @@
 `wrap` a model, `find_batch_size` of a `Job`, `report` where its bytes go.
 """
 
+from dpmem.activations.audit import Audit, audit
 from dpmem.activations.policy import Policy
 from dpmem.config import WrapConfig
 from dpmem.forecast import estimate
@@ -13,6 +14,7 @@ from dpmem_profiling import BatchSizeResult, Estimate, Job, MemoryRecord, Probe,
 __version__ = "0.1.0"
 
 __all__ = [
+    "Audit",
     "BatchSizeResult",
     "DataParallel",
     "Estimate",
@@ -22,6 +24,7 @@ __all__ = [
     "Probe",
     "StepContext",
     "WrapConfig",
+    "audit",
     "compress",
     "estimate",
     "find_batch_size",

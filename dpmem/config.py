@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dpmem.activations.policy import PRESETS, Policy
+from dpmem.activations.policy import Policy
 
 Precision = Literal["fp32", "bf16"]
-Activations = Literal["lossless", "8bit", "4bit", "2bit"]
+# A preset's name or a budget such as "6GiB": `Policy.parse`.
+Activations = str
 Shard = Literal["none"]
 Offload = Literal["none"]
 
 # Named in the public signature so that code written today keeps its shape; refused until built.
 _NOT_BUILT = {
     "precision": {"fp16": "loss scaling"},
-    "activations": dict.fromkeys(("offload", "8bit+offload", "4bit+offload"), "offload"),
     "shard": {"optimizer": "optimizer-state sharding", "parameters": "FSDP2 behind this call"},
     "offload": {"optimizer": "host offload", "parameters": "host offload"},
 }
@@ -24,7 +24,7 @@ class WrapConfig:
     """The options of `dpmem.wrap`.
 
     precision       "fp32", or "bf16": autocast inside, floating outputs returned as fp32
-    activations     None (stored as autograd stores them), a preset, or a Policy
+    activations     None (stored as autograd stores them), a preset, a byte budget, or a Policy
     max_grad_norm   global 2-norm gradients are clipped to before the optimizer's step
     shard, offload  "none": the only values of this version
 
@@ -40,8 +40,8 @@ class WrapConfig:
 
     def __post_init__(self) -> None:
         _check("precision", self.precision, get_args(Precision))
-        if not isinstance(self.activations, Policy):
-            _check("activations", self.activations, (None, *PRESETS))
+        if self.activations is not None and not isinstance(self.activations, Policy):
+            Policy.parse(self.activations)
         _check("shard", self.shard, get_args(Shard))
         _check("offload", self.offload, get_args(Offload))
         norm = self.max_grad_norm
@@ -53,10 +53,10 @@ class WrapConfig:
 
     @property
     def policy(self) -> Policy | None:
-        """The activation policy asked for, a preset's name resolved."""
+        """The activation policy asked for, a name resolved."""
         if self.activations is None or isinstance(self.activations, Policy):
             return self.activations
-        return PRESETS[self.activations]
+        return Policy.parse(self.activations)
 
 
 def _check(option: str, value: object, allowed: tuple[object, ...]) -> None:

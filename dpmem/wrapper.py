@@ -4,6 +4,7 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ def wrap(
     optimizer      the one that updates it; needed where max_grad_norm is given
     precision      "fp32", or "bf16": forward under autocast, outputs that torch's pytree sees
                    returned as fp32
-    activations    "lossless", "8bit", "4bit", "2bit", or a `Policy`: how activations are stored
-                   between forward and backward; None leaves them to autograd
+    activations    "lossless", "8bit", "4bit", "2bit", "offload", "4bit+offload" (any bits), a
+                   byte budget such as "6GiB", or a `Policy`: how activations are stored between
+                   forward and backward; None leaves them to autograd
     max_grad_norm  clip the global 2-norm of the gradients to this before each step
     shard, offload "none" in this version
     process_group  ranks to average over; default: all. Under torchrun the default group is
@@ -76,27 +78,30 @@ def wrap(
     return wrapped, optimizer
 
 
-@contextmanager
-def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -> Iterator[None]:
-    """Store compressed what autograd saves of `model` inside this context.
+def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -> ActivationStore:
+    """A context in which what autograd saves of `model` is stored compressed.
 
-    For training loops that do not use `wrap`. Backward may run outside the context.
+    For training loops that do not use `wrap`. Backward may run outside the context. Made once and
+    entered for every forward, each draws fresh noise; a byte budget needs that, because it learns
+    from one forward for the next.
 
-    policy   a preset's name or a `Policy`
-    seed     keys the rounding noise; give another one each step for independent noise
+    policy   a preset's name, a byte budget such as "6GiB", or a `Policy`
+    seed     keys the rounding noise; a context made anew each step needs another one each time
 
-    Raises ValueError for an unknown preset, RuntimeError inside other saved-tensor hooks.
+    Raises ValueError for an unknown preset; on entering, RuntimeError inside other saved-tensor
+    hooks and where a budget cannot be met, NotImplementedError for compiled code.
 
     Example:
-        with dpmem.compress(model, "4bit", seed=step):
-            loss = loss_fn(model(inputs), targets)
-        loss.backward()
+        compressed = dpmem.compress(model, "4bit")
+        for inputs, targets in loader:
+            with compressed:
+                loss = loss_fn(model(inputs), targets)
+            loss.backward()
     """
     resolved = WrapConfig(activations=policy).policy
     if resolved is None:
         raise ValueError("compress needs a policy; received None; use a preset such as '4bit'")
-    with ActivationStore(model, resolved, seed=seed):
-        yield
+    return ActivationStore(model, resolved, seed=seed)
 
 
 class DataParallel(nn.Module):
@@ -226,7 +231,10 @@ class DataParallel(nn.Module):
         self._config = config
         if config.policy is not None:
             seed = torch.initial_seed()
-            self._store = ActivationStore(self.module, config.policy, seed=seed, rank=self._rank)
+            agree = None if self._group is None else partial(_maximum, self._group, self._device)
+            self._store = ActivationStore(
+                self.module, config.policy, seed=seed, rank=self._rank, agree=agree
+            )
         if config.max_grad_norm is not None:
             assert optimizer is not None
             self._clip = GradientClip(optimizer, self._gradients, config.max_grad_norm)
@@ -325,6 +333,13 @@ def _initialise_from_torchrun(model: nn.Module) -> None:
         return
     devices = {parameter.device.type for parameter in model.parameters()}
     dist.init_process_group("nccl" if "cuda" in devices else "gloo")
+
+
+def _maximum(group: dist.ProcessGroup, device: torch.device, values: Tensor) -> Tensor:
+    """The elementwise maximum of `values`, a tensor on the host, over the ranks of `group`."""
+    on_device = values.to(device, copy=True)
+    dist.all_reduce(on_device, dist.ReduceOp.MAX, group)
+    return on_device.cpu()
 
 
 def _drop_prefix(

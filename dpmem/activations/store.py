@@ -2,222 +2,109 @@
 
 autograd hands every tensor it saves to `pack` and asks for it back in backward through `unpack`.
 In between, the store holds what the policy allows: codes of 8, 4 or 2 bits, bits of masks, or the
-tensor itself. One storage is compressed once, whichever views of it are saved, and every view is
-restored with its own strides. The rounding noise is counter based and keyed by (seed, tensor,
-forward, rank): torch's random state is neither read from nor moved.
-
-What is the model's stays exact, frozen or trained: parameters, buffers, and every result of a torch
-function whose tensors are all of the model (a transposed, cast, weight-normed or dequantized
-weight), with the copies that autocast makes of any of these. Not recognized, and so stored as
-activations are: weights made by a custom autograd.Function or in a C++ extension, which no torch
-function mode sees, and weights mixed with a tensor that is not the model's, a constant made in the
-forward included.
+tensor itself. One storage is kept once, in the most exact form that any of its uses needs, and
+every view is restored with its own strides. The rounding noise is counter based and keyed by (seed,
+tensor, forward, rank): torch's random state is neither read from nor moved.
 """
 
+import math
+import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 
-from dpmem.activations.policy import (
-    COMPRESSIBLE_DTYPES,
-    FunctionCall,
-    Policy,
-    storage_key,
-    tensors_in,
+from dpmem.activations.budget import Agree, Planner
+from dpmem.activations.calls import storage_key
+from dpmem.activations.forms import (
+    Bools,
+    Codes,
+    Copied,
+    Exact,
+    Form,
+    Kept,
+    OnDevice,
+    PoolOffsets,
+    Positive,
+    Recomputed,
+    ShapeOnly,
+    Tensors,
+    TwoValued,
 )
-from dpmem_kernels import (
-    Noise,
-    Quantized,
-    dequantize,
-    pack_mask,
-    pack_positive,
-    quantize,
-    unpack_mask,
+from dpmem.activations.offload import HostMemory
+from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
+from dpmem.activations.roles import FOREIGN, MODEL, SMALL, PoolGeometry, Use, use_of
+from dpmem.activations.sensitivity import GradientReader
+from dpmem.activations.slots import Packed, Saved, Slot, View
+from dpmem.activations.tracker import CallTracker
+from dpmem_kernels import Noise
+
+_LARGEST_WINDOW = 1 << 16
+_COMPILED = (
+    "activation compression needs the model to run uncompiled; received a call of code that "
+    "torch.compile made: it saves all tensors at once, under no function's name, and asks for all "
+    "at once; leave torch.compile or the compression away"
 )
-
-
-class _Exact:
-    """A tensor kept as it is: a parameter, an index, a small or unknown thing."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        # Detached: a tensor that reached its own graph node from here would never be freed.
-        self.tensor = tensor.detach()
-        self.version = tensor._version
-
-    def restore(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "a tensor saved for backward must not change before it is used; one of shape "
-                f"{tuple(self.tensor.shape)} is at version {self.tensor._version}, saved at "
-                f"version {self.version}; replace the in-place operation by one that makes a new "
-                "tensor"
-            )
-        return self.tensor
-
-
-class _Codes:
-    """A flat run of values as `bits`-wide codes, restored once for all views alive together."""
-
-    def __init__(self, flat: Tensor, bits: int, group_size: int, noise: Noise) -> None:
-        self.quantized: Quantized = quantize(flat, bits, noise=noise, group_size=group_size)
-        self.numel, self.dtype = flat.numel(), flat.dtype
-        self.bits, self.group_size = bits, group_size
-        # By storage, not by tensor: autograd keeps a restored view's storage, not its base.
-        self._restored: StorageWeakRef | None = None
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.quantized)
-
-    def restore(self) -> Tensor:
-        if self._restored is not None:
-            storage = torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
-            if storage is not None:
-                flat = torch.empty(0, dtype=self.dtype, device=storage.device)
-                return flat.set_(storage, 0, (self.numel,), (1,))
-        flat = dequantize(
-            self.quantized, self.numel, self.dtype, self.bits, group_size=self.group_size
-        )
-        self._restored = StorageWeakRef(flat.untyped_storage())
-        return flat
-
-
-class _Bits:
-    """A mask: bool values, or where a ReLU's output is positive, as one bit each."""
-
-    def __init__(self, flat: Tensor) -> None:
-        self.bits = pack_mask(flat) if flat.dtype == torch.bool else pack_positive(flat)
-        self.numel, self.dtype = flat.numel(), flat.dtype
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.bits,)
-
-    def restore(self) -> Tensor:
-        return unpack_mask(self.bits, self.numel).to(self.dtype)
-
-
-class _View:
-    """The shape a saved tensor has within what was compressed."""
-
-    __slots__ = ("offset", "shape", "source", "strides")
-
-    def __init__(
-        self, source: _Codes | _Bits, shape: torch.Size, strides: tuple[int, ...], offset: int
-    ) -> None:
-        self.source, self.shape, self.strides, self.offset = source, shape, strides, offset
-
-    def restore(self) -> Tensor:
-        return self.source.restore().as_strided(self.shape, self.strides, self.offset)
-
-
-class _CallTracker(TorchFunctionMode):
-    """Knows which torch function is running, and which tensors are the model's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.call: FunctionCall | None = None
-        self._model = model
-        self._held: set[int | None] = set()
-        # What was computed from the model alone, by storage: in-place changes raise the version,
-        # and the weak reference keeps the address from being reused.
-        self._computed: dict[int | None, tuple[StorageWeakRef, int]] = {}
-
-    def refresh(self) -> None:
-        """Forget what was computed and is gone; read the model's parameters and buffers again."""
-        held = (*self._model.parameters(), *self._model.buffers())
-        self._held = {storage_key(tensor) for tensor in held} - {None}
-        self._computed = {
-            key: entry for key, entry in self._computed.items() if not entry[0].expired()
-        }
-
-    def holds(self, tensor: Tensor) -> bool:
-        """True for parameters, buffers and their views."""
-        return type(tensor) is nn.Parameter or storage_key(tensor) in self._held
-
-    def owns(self, tensor: Tensor) -> bool:
-        """True for these, for what was computed from them alone, and for copies of either."""
-        if self._is_known(tensor):
-            return True
-        return self.call is not None and any(map(self._is_known, self.call.origins(tensor)))
-
-    def _is_known(self, tensor: Tensor) -> bool:
-        key = storage_key(tensor)
-        if key in self._computed:
-            return not tensor.is_inference() and self._computed[key][1] == tensor._version
-        return key in self._held or type(tensor) is nn.Parameter
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = getattr(func, "__name__", None)
-        if name == "__get__":
-            # An attribute: most calls are these, they save nothing, and what is a tensor is a view.
-            return func(*args)
-        call = FunctionCall(name, args, kwargs or {})
-        # Asked before the call, which may change an argument in place.
-        of_the_model = self._takes_only_the_models(call)
-        previous, self.call = self.call, call
-        try:
-            result = func(*args, **call.kwargs)
-        finally:
-            self.call = previous
-        if of_the_model:
-            for tensor in tensors_in(result):
-                self._add(tensor)
-        return result
-
-    def _takes_only_the_models(self, call: FunctionCall) -> bool:
-        found = False
-        for tensor in call.tensors():
-            if not self._is_known(tensor):
-                return False
-            found = True
-        return found
-
-    def _add(self, tensor: Tensor) -> None:
-        key = storage_key(tensor)
-        if key is not None and key not in self._held and not tensor.is_inference():
-            self._computed[key] = StorageWeakRef(tensor.untyped_storage()), tensor._version
 
 
 class ActivationStore:
     """Context manager: what autograd saves inside is stored as `policy` says.
 
     One instance serves a model for its life; each `with` is one forward and draws fresh noise.
-    `seed` and `rank` key the noise, so that ranks and runs differ where they should.
+    `seed` and `rank` key the noise, so that ranks and runs differ where they should. With a byte
+    budget `agree` makes the ranks of a data-parallel model choose alike; None: there is one.
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
-    innermost ones, so inside torch.utils.checkpoint these would switch recomputation off.
+    innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
+    NotImplementedError where compiled code runs inside.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, *, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        seed: int,
+        rank: int = 0,
+        agree: Agree | None = None,
+    ) -> None:
         self._policy = policy
         self._seed, self._rank = seed, rank
         self._forward = 0
         self._stream = 0
-        self._tracker = _CallTracker(model)
+        self._least_numel = max(1, policy.minimum_numel)
+        self._tracker = CallTracker(model, self._least_numel)
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        # Compressed in this forward, by storage; the weak reference keeps the address from being
-        # reused, so an entry never answers for a storage that came later.
-        self._seen: dict[tuple[int, str], tuple[StorageWeakRef, int, torch.dtype, Any]] = {}
-        self._alive: weakref.WeakSet[_Codes | _Bits] = weakref.WeakSet()
+        self._host = HostMemory() if policy.offload else None
+        self._planner: Planner | None = None
+        if policy.budget_bytes is not None:
+            self._planner = Planner(
+                policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
+            )
+        self._no_compiled_code: AbstractContextManager[None] | None = None
+        self._slots: dict[int, Slot] = {}
+        # Of the tensor that is packed now, from 1; a slot has that of its first.
+        self._number = 0
+        # Every saved tensor of this forward, where somebody asks.
+        self.log: list[Saved] | None = None if self._planner is None else []
+        self.module_name: str | None = None
+        # Reads the next backward, where somebody asks without a budget.
+        self.reader: GradientReader | None = None
+        self._alive: weakref.WeakSet[Form] = weakref.WeakSet()
 
     def compressed_tensors(self) -> list[Tensor]:
-        """What the store holds in compressed form now."""
-        return [tensor for held in self._alive for tensor in held.tensors()]
+        """What the store made and holds now: on the device, or on the host where it offloads."""
+        return [tensor for form in self._alive for tensor in form.kept.tensors()]
 
     def __enter__(self) -> "ActivationStore":
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(_COMPILED)
         if self._hooks is not None:
             raise RuntimeError(
                 "a model's activations must be compressed once; its store is already active; "
@@ -229,10 +116,25 @@ class ActivationStore:
                 "active (checkpoint, save_on_cpu or another compression), and torch runs only the "
                 "innermost; put the checkpoint inside the compressed model, not around it"
             )
+        if "torch._dynamo" in sys.modules:
+            # Compiled code was compiled without the tracker's mode: torch's own guards notice.
+            try:
+                self._no_compiled_code = torch.compiler.set_stance("fail_on_recompile")
+            except RuntimeError as error:
+                raise NotImplementedError(_COMPILED) from error
         self._forward += 1
-        self._stream = 0
+        self._stream = self._number = 0
         self._tracker.refresh()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        if self._host is not None:
+            self._host.begin_forward()
+        unpack = _unpack
+        if self._planner is not None:
+            self._planner.begin()
+            self.reader = self._planner.reader
+        if self.reader is not None:
+            self._tracker.watch = self.reader.arm
+            unpack = partial(_unpack_and_read, self.reader)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()
         return self
@@ -247,62 +149,177 @@ class ActivationStore:
         self._hooks.__exit__(kind, value, traceback)
         self._tracker.__exit__(kind, value, traceback)
         self._hooks = None
-        self._seen.clear()
+        if self._no_compiled_code is not None:
+            self._no_compiled_code.__exit__(kind, value, traceback)
+            self._no_compiled_code = None
+        self._tracker.watch = None
+        self._slots.clear()
+        if self._host is not None:
+            self._host.end_forward()
+        if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
+            raise NotImplementedError(_COMPILED) from value
+        if self._planner is not None and kind is None:
+            assert self.log is not None
+            self._planner.end(self.log)
+            self.log = []
 
-    def _pack(self, tensor: Tensor) -> _Exact | _View:
-        smallest = max(1, self._policy.minimum_numel)
-        if tensor.numel() < smallest or type(tensor) is not Tensor or tensor.is_nested:
-            return _Exact(tensor)
+    def _pack(self, tensor: Tensor) -> Packed:
+        self._number += 1
+        use = self._use_of(tensor)
+        passed = use is SMALL or use is MODEL or use is FOREIGN
+        packed = Exact(tensor) if passed else self._store(tensor, use)
+        if self.log is not None:
+            name = None if self._tracker.call is None else self._tracker.call.name
+            storage, size = None, tensor.numel() * tensor.dtype.itemsize
+            if storage_key(tensor) is not None:
+                storage = StorageWeakRef(tensor.untyped_storage())
+                size = tensor.untyped_storage().nbytes()
+            form = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            self.log.append(Saved(packed, use, name, self.module_name, form, storage, size))
+        return packed
+
+    def _use_of(self, tensor: Tensor) -> Use:
+        if type(tensor) is not Tensor and type(tensor) is not FakeTensor:
+            return MODEL if isinstance(tensor, nn.Parameter) else FOREIGN
+        small = tensor.numel() < self._least_numel
+        if small and self.log is None:
+            return SMALL
+        if storage_key(tensor) is None or tensor.is_nested:
+            return FOREIGN
         # Expanded from a small storage, it has no more values than that.
-        if storage_key(tensor) is None or _numel_of_storage(tensor) < smallest:
-            return _Exact(tensor)
-        role = self._policy.role(tensor, self._tracker.call)
-        if tensor.dtype == torch.bool or (role == "sign" and tensor.dtype in COMPRESSIBLE_DTYPES):
-            return _Exact(tensor) if self._tracker.holds(tensor) else self._compress(tensor, None)
-        bits = self._policy.bits(role)
-        if bits is None or tensor.dtype not in COMPRESSIBLE_DTYPES or self._tracker.owns(tensor):
-            return _Exact(tensor)
-        return self._compress(tensor, bits)
+        if small or _numel_of_storage(tensor) < self._least_numel:
+            return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
+        if self._tracker.owns(tensor):
+            return MODEL
+        if tensor.is_conj() or tensor.is_neg():
+            return FOREIGN
+        return use_of(tensor, self._tracker.call)
 
-    def _compress(self, tensor: Tensor, bits: int | None) -> _Exact | _View:
-        """Store `tensor`'s whole storage where it is all one tensor, else the tensor alone."""
-        base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
-        storage, numel = tensor.untyped_storage(), _numel_of_storage(tensor)
-        shared = base.numel() == numel and base.dtype == tensor.dtype
-        if not shared:
-            if tensor.numel() > numel:
+    def _store(self, tensor: Tensor, use: Use) -> Packed:
+        """`tensor`, an activation, as the policy has it for this use."""
+        if use.role == "shape":
+            return ShapeOnly(tensor)
+        if tensor.dtype == torch.bool:
+            return self._keep(tensor, 1, lambda flat: Bools(flat, self._wait))
+        if use.role == "pool_index" and tensor.dtype == torch.int64:
+            return self._pool_index(tensor)
+        if tensor.dtype in COMPRESSIBLE_DTYPES:
+            if use.role == "sign":
+                return self._sign(tensor)
+            if use.role == "mask":
+                return self._keep(tensor, 1, lambda flat: TwoValued(flat, self._wait))
+            bits = self._policy.bits(use)
+            if bits is not None:
+                return self._coded(tensor, bits)
+        return self._exact(tensor)
+
+    def _coded(self, tensor: Tensor, bits: int) -> Packed:
+        """`bits` of each value, or as many more as the budget allows."""
+        if self._planner is not None:
+            exact_bits = 8 * tensor.dtype.itemsize
+            slot = self._slot_of(tensor)
+            if slot is not None and slot.values is None and self._derive(slot, tensor, bits):
+                return View(slot, tensor, slot.number)
+            number = self._number if slot is None else slot.number
+            numel = tensor.numel() if slot is None else _numel_of_storage(tensor)
+            bits = self._planner.bits(number, numel, exact_bits, bits)
+            if bits == exact_bits:
+                return self._exact(tensor)
+        return self._keep(tensor, bits, lambda flat: self._codes(flat, bits))
+
+    def _keep(self, tensor: Tensor, bits: int, make: Callable[[Tensor], Form]) -> Packed:
+        """Keep `bits` of each value: the whole storage where it is one tensor, else this alone."""
+        slot = self._slot_of(tensor)
+        if slot is None:
+            if tensor.numel() > _numel_of_storage(tensor):
                 # Expanded from part of a storage: codes of every repetition could be larger.
-                return _Exact(tensor)
-            held = self._hold(tensor.detach().contiguous().view(-1), bits)
-            contiguous = torch.empty(tensor.shape, device="meta").stride()
-            return _View(held, tensor.shape, contiguous, 0)
-        key = (storage._cdata, "bits" if bits is None else "codes")
-        form = tensor.shape, tensor.stride(), int(tensor.storage_offset())
-        known = self._seen.get(key)
-        if known is not None:
-            reference, version, dtype, held = known
-            same = not reference.expired() and version == tensor._version
-            if same and dtype == tensor.dtype and (bits is None or held.bits >= bits):
-                return _View(held, *form)
-        held = self._hold(tensor.detach().as_strided((numel,), (1,), 0), bits)
-        self._seen[key] = (StorageWeakRef(storage), tensor._version, tensor.dtype, held)
-        return _View(held, *form)
+                return Exact(tensor)
+            form = self._track(make(tensor.detach().contiguous().view(-1)))
+            return View(form, tensor, self._number)
+        if slot.bits < bits and not self._derive(slot, tensor, bits):
+            slot.values = self._track(make(_flat(tensor)))
+        return View(slot, tensor, slot.number)
 
-    def _hold(self, flat: Tensor, bits: int | None) -> _Codes | _Bits:
-        held: _Codes | _Bits
-        if bits is None:
-            held = _Bits(flat)
-        else:
-            noise = Noise(self._seed, self._stream, self._forward, self._rank)
-            held = _Codes(flat, bits, self._policy.group_size, noise)
-            self._stream += 1
-        self._alive.add(held)
-        return held
+    def _exact(self, tensor: Tensor) -> Packed:
+        bits = 8 * tensor.dtype.itemsize
+        if self._policy.offload:
+            return self._keep(tensor, bits, lambda flat: Copied(flat, self._wait))
+        slot = self._slot_of(tensor)
+        if slot is None:
+            return Exact(tensor)
+        if slot.bits < bits:
+            if not self._derive(slot, tensor, bits):
+                slot.values = Exact(tensor)
+            slot.sign = None
+        return View(slot, tensor, slot.number)
+
+    def _sign(self, tensor: Tensor) -> Packed:
+        slot = self._slot_of(tensor)
+        if slot is None:
+            return self._keep(tensor, 1, lambda flat: Positive(flat, self._wait))
+        if slot.sign is None and slot.bits < 8 * tensor.dtype.itemsize:
+            slot.sign = self._track(Positive(_flat(tensor), self._wait))
+        return View(slot, tensor, slot.number, of_sign=True)
+
+    def _pool_index(self, tensor: Tensor) -> Packed:
+        assert self._tracker.call is not None
+        geometry = PoolGeometry.of(self._tracker.call)
+        slot = self._slot_of(tensor)
+        if slot is None or math.prod(geometry.kernel) > _LARGEST_WINDOW:
+            return self._exact(tensor)
+        if slot.bits == 0:
+            slot.values = self._track(PoolOffsets(tensor.detach(), geometry, self._wait))
+        return View(slot, tensor, slot.number)
+
+    def _codes(self, flat: Tensor, bits: int) -> Form:
+        noise = Noise(self._seed, self._stream, self._forward, self._rank)
+        self._stream += 1
+        return Codes(flat, bits, self._policy.group_size, noise, self._wait)
+
+    def _derive(self, slot: Slot, tensor: Tensor, bits: int) -> bool:
+        """Let `slot` be computed again from another one, kept at `bits` or more, if it can."""
+        derivation = self._tracker.derivation(tensor)
+        if derivation is None:
+            return False
+        source = self._slots.get(derivation.source_key)
+        if source is None or source.version != derivation.source_version:
+            return False
+        if source.bits < max(bits, derivation.least_bits):
+            return False
+        slot.values = Recomputed(source, derivation.recompute, tensor)
+        return True
+
+    def _slot_of(self, tensor: Tensor) -> Slot | None:
+        """The slot of the tensor's storage; None where that is not one tensor from end to end."""
+        base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+        if base.numel() != _numel_of_storage(tensor) or base.dtype != tensor.dtype:
+            return None
+        key = tensor.untyped_storage()._cdata
+        slot = self._slots.get(key)
+        if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
+            slot = self._slots[key] = Slot(tensor, self._number)
+        return slot
+
+    def _track(self, form: Form) -> Form:
+        self._alive.add(form)
+        return form
+
+    def _wait(self, tensors: Tensors) -> Kept:
+        return OnDevice(tensors) if self._host is None else self._host(tensors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's whole storage, in memory order."""
+    return tensor.detach().as_strided((_numel_of_storage(tensor),), (1,), 0)
 
 
 def _numel_of_storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
-def _unpack(packed: _Exact | _View) -> Tensor:
+def _unpack(packed: Packed) -> Tensor:
     return packed.restore()
+
+
+def _unpack_and_read(reader: GradientReader, packed: Packed) -> Tensor:
+    return packed.restore_and_read(reader) if isinstance(packed, View) else packed.restore()

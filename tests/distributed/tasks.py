@@ -165,6 +165,26 @@ def parameters_agree(rank: int) -> bool:
     return all(torch.equal(both[0], other) for other in both)
 
 
+def budgets_agree(rank: int) -> tuple[bool, bool]:
+    """Under a byte budget: do ranks with other data choose the same bits, several of them?"""
+    torch.manual_seed(0)
+    model = ByteGPT(GPTSize(layers=2, width=64, heads=2, context=64))
+    policy = dpmem.Policy(
+        linear_bits=2, minimum_numel=1024, budget_bytes=1_500_000, refresh_forwards=2
+    )
+    wrapped, _ = dpmem.wrap(model, activations=policy)
+    for step in range(4):
+        tokens = torch.randint(
+            0, 256, (8 - rank, 64), generator=torch.Generator().manual_seed(10 * rank + step)
+        )
+        nn.functional.cross_entropy(wrapped(tokens).flatten(0, 1), tokens.flatten()).backward()
+        model.zero_grad()
+    chosen = torch.tensor(list(wrapped._store._planner._chosen.values()))
+    both = [torch.empty_like(chosen) for _ in range(dist.get_world_size())]
+    dist.all_gather(both, chosen)
+    return all(torch.equal(both[0], other) for other in both), len(chosen.unique()) > 1
+
+
 def accumulation(rank: int, kind: str) -> list[str]:
     """Two micro-batches under no_sync, one outside: the same gradients as DDP's?"""
     theirs, ours = _pair(kind)

@@ -42,6 +42,10 @@ def test_ranks_hold_the_same_bits(ranks: Pool) -> None:
     assert ranks(2).run("parameters_agree") == [True, True]
 
 
+def test_ranks_under_a_budget_choose_the_same_bits(ranks: Pool) -> None:
+    assert ranks(2).run("budgets_agree") == [(True, True), (True, True)]
+
+
 @pytest.mark.parametrize("kind", ["conv", "gpt"])
 def test_accumulation_matches_ddp(ranks: Pool, kind: str) -> None:
     assert ranks(2).run("accumulation", kind=kind) == [[], []]

@@ -45,16 +45,26 @@ def exact_gradients(model: nn.Module, windows: Tensor) -> list[Tensor]:
 def test_lossless_gradients_are_bit_identical() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 8)
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Linear(256, 64),
+        nn.GELU(),
+        nn.Linear(64, 8),
     )
     x = torch.randn(32, 64)
-    model(x).square().sum().backward()
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        return model(x).square().sum()
+
+    run().backward()
     expected = gradients(model)
     store = store_for(model, LOSSLESS)
     with store:
-        loss = model(x).square().sum()
-    # The ReLU's output as bits: 32 * 256 of them.
-    assert stored_bytes(store) >= 32 * 256 // 8
+        loss = run()
+    # The ReLU's output and the dropout's mask as bits: 32 * 256 of each, and the mask's value.
+    assert stored_bytes(store) == 2 * 32 * 256 // 8 + 4
     loss.backward()
     assert all(torch.equal(a, b) for a, b in zip(gradients(model), expected, strict=True))
 

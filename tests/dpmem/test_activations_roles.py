@@ -1,12 +1,16 @@
 """A saved tensor's role: gradients keep their mean, and what must be exact is."""
 
+from contextlib import nullcontext
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmem.activations import PRESETS, ActivationStore, Policy
-from dpmem.activations.policy import ROLE_OF_FUNCTION, FunctionCall
+from dpmem.activations.calls import FunctionCall
+from dpmem.activations.roles import ROLES, Role, Use, use_of
 
 # Small enough for tests: everything above 256 values is compressed.
 FOUR_BITS = Policy(linear_bits=4, nonlinear_bits=8, minimum_numel=256)
@@ -70,11 +74,11 @@ def test_attention_masks_stay_exact(boolean: bool) -> None:
         y = attend()
     assert stored_bytes(store) > 0
     (restored,) = torch.autograd.grad(y.square().sum(), x)
-    # 8 bits: a few parts in a thousand, far from what a lost mask would do.
-    assert float((restored - exact).norm() / exact.norm()) < 0.02
+    # 8 bits for query, key and value and 4 for the output, far from what a lost mask would do.
+    assert float((restored - exact).norm() / exact.norm()) < 0.1
 
 
-@pytest.mark.parametrize("exponent", [-1.0, 0.5, 3])
+@pytest.mark.parametrize("exponent", [-1.0, 0.5, 2.5])
 def test_powers_stay_exact(exponent: float) -> None:
     """A negative power of a value rounded to zero would be infinite."""
     torch.manual_seed(0)
@@ -97,17 +101,20 @@ def test_statistics_stay_exact() -> None:
     assert stored_bytes(store) == 0
     with store:
         y = norm(x * 1.0)
-    assert stored_bytes(store) == 512 * 64 // 2 + 512 * 64 // 128 * 4
+    assert stored_bytes(store) == 512 * 64 // 2 + 512 * 64 // 256 * 4
     y.sum().backward()
 
 
 def test_presets_and_table_are_consistent() -> None:
-    assert set(PRESETS) == {"lossless", "8bit", "4bit", "2bit"}
+    assert set(PRESETS) == {"lossless", "8bit", "4bit", "2bit", "offload"} | {
+        f"{bits}bit+offload" for bits in (8, 4, 2)
+    }
     for policy in PRESETS.values():
-        assert policy.bits("exact") is None
-        assert policy.bits("sign") is None
-    assert "div" not in ROLE_OF_FUNCTION
-    assert "log_softmax" not in ROLE_OF_FUNCTION
+        for role in get_args(Role):
+            if role not in ("linear_input", "nonlinear_input"):
+                assert policy.bits(Use(role, "")) is None
+    assert "div" not in ROLES
+    assert use_of(torch.zeros(1), FunctionCall("log_softmax", (), {})).role == "statistics"
 
 
 NORMS = {
@@ -145,12 +152,14 @@ def test_norms_bias_is_below_the_rounding_of_bf16(kind: str, bits: int, width: i
     assert abs(float(mean)) + 5 * float(error) < 2**-9
 
 
-def test_narrow_norms_follow_the_nonlinear_bits() -> None:
+def test_narrow_norms_are_kept_at_more_bits() -> None:
     x = torch.randn(64, 16, requires_grad=True)
     call = FunctionCall("layer_norm", (x, (16,)), {})
-    assert Policy(linear_bits=4).role(x, call) == "nonlinear_input"
-    assert Policy(linear_bits=8).role(x, call) == "linear_input"
-    assert Policy(linear_bits=None).role(x, call) == "linear_input"
+    use = use_of(x, call)
+    assert (use.role, use.least_bits) == ("linear_input", 8)
+    assert Policy(linear_bits=4).bits(use) == 8
+    assert Policy(linear_bits=2).bits(use._replace(least_bits=4)) == 4
+    assert Policy(linear_bits=None).bits(use) is None
 
 
 def test_a_learned_attention_mask_stays_exact() -> None:
@@ -159,9 +168,9 @@ def test_a_learned_attention_mask_stays_exact() -> None:
     mask = torch.full((2, 4, 16, 16), -torch.inf).triu(1).requires_grad_()
     padded = F.pad(mask, (0, 8))[..., :16]
     call = FunctionCall("scaled_dot_product_attention", (query, query, query, mask), {})
-    assert Policy().role(query, call) == "nonlinear_input"
+    assert use_of(query, call).role == "nonlinear_input"
     for saved in (mask, mask[:], padded):
-        assert Policy().role(saved, call) == "exact"
+        assert use_of(saved, call).role == "other"
 
 
 def test_relu_passes_a_gradient_where_its_output_is_nan() -> None:
@@ -194,7 +203,6 @@ EXACT_OPERATIONS = {
     "sparse product": lambda x: torch.eye(64).to_sparse() @ x,
     "float64": lambda x: F.gelu(x.double() @ x.double()),
     "complex": lambda x: torch.view_as_real(x.to(torch.complex64) @ x.to(torch.complex64)),
-    "flat attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]),
 }
 
 
@@ -211,3 +219,49 @@ def test_indices_masks_and_sensitive_operations_are_exact(name: str) -> None:
         y = run()
     (restored,) = torch.autograd.grad(y, x)
     assert torch.equal(restored, exact)
+
+
+def _gelu_by_hand(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+RECOMPUTED = {
+    "gelu": F.gelu,
+    "gelu by hand": _gelu_by_hand,
+    "silu": F.silu,
+    "gated": lambda x: F.silu(x) * (2.0 * x + 1.0),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_functions_leave_the_mean_of_gradients(name: str) -> None:
+    """What is computed again from 8 bits is off by the curvature times the noise's variance.
+
+    Over 200 draws the squared error of the mean, in units of its own standard error, averages 1
+    over the weights' 4096 entries (standard deviation sqrt(2 / 4096) = 0.02; correlated entries
+    make it a few times that). A bias as large as the standard error would make it 2, and GELU's
+    input at 2
+    bits does more.
+    """
+    torch.manual_seed(0)
+    function = RECOMPUTED[name]
+    first, second = nn.Linear(64, 64), nn.Linear(64, 64)
+    model = nn.ModuleList([first, second])
+    x, incoming = torch.randn(64, 64), torch.randn(64, 64)
+
+    def gradient(store: ActivationStore | None) -> Tensor:
+        with store or nullcontext():
+            y = second(function(first(x)))
+        return torch.stack(torch.autograd.grad(y, [first.weight, second.weight], incoming)).double()
+
+    def misfit(policy: Policy) -> float:
+        store = store_for(model, policy)
+        draws = torch.stack([gradient(store) for _ in range(200)])
+        error = draws.mean(0) - gradient(None)
+        variance = draws.var(0) / len(draws)
+        known = variance > 0
+        return float((error.square()[known] / variance[known]).mean())
+
+    assert misfit(FOUR_BITS) < 1.3
+    if name == "gelu":
+        assert misfit(Policy(linear_bits=2, nonlinear_bits=2, minimum_numel=256)) > 1.6

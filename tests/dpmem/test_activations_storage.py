@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import dpmem.activations.store as store_module
+import dpmem.activations.forms as forms
 from dpmem.activations import ActivationStore, Policy
-from dpmem.activations.policy import FunctionCall
+from dpmem.activations.calls import FunctionCall
 from dpmem_kernels import dequantize
 
 # Small enough for tests: everything above 256 values is compressed.
@@ -35,7 +35,7 @@ def test_one_storage_is_compressed_once() -> None:
     with store:
         products = [torch.mul(part, weight) for part in (query, key, value)]
         products.append(torch.mul(x.transpose(1, 2), other))
-    codes_bytes, groups = x.numel() // 2, x.numel() // 128
+    codes_bytes, groups = x.numel() // 2, x.numel() // 256
     assert stored_bytes(store) == codes_bytes + 4 * groups
     sum(product.sum() for product in products).backward()
     # A 4-bit error is at most one step a value.
@@ -52,7 +52,7 @@ def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch)
         calls.append(arguments)
         return dequantize(*arguments, **options)
 
-    monkeypatch.setattr(store_module, "dequantize", counted)
+    monkeypatch.setattr(forms, "dequantize", counted)
     torch.manual_seed(0)
     x = torch.randn(2, 16, 3, 4, 32, requires_grad=True)
     with store_for(nn.Linear(1, 1)):
@@ -63,17 +63,31 @@ def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 2
 
 
-def test_more_bits_are_stored_where_a_later_use_needs_them() -> None:
+def test_more_bits_replace_fewer_where_a_later_use_needs_them() -> None:
     """A tensor kept at 4 bits for a product is kept at 8 for the nonlinear function after it."""
+    torch.manual_seed(0)
+    h = torch.randn(512, requires_grad=True) + 0
+    store = store_for(nn.Linear(1, 1))
+    with store:
+        y = torch.mul(h, torch.randn(512, requires_grad=True)).sum()
+        assert stored_bytes(store) == 2 * (256 + 2 * 4)
+        z = F.gelu(h).sum()
+    assert stored_bytes(store) == 256 + 512 + 2 * 2 * 4
+    (y + z).backward()
+
+
+def test_exact_replaces_codes_and_signs() -> None:
+    """What one use needs exact is kept once, for all."""
     torch.manual_seed(0)
     x = torch.randn(512, requires_grad=True)
     store = store_for(nn.Linear(1, 1))
     with store:
-        h = x * 1.0
-        y = torch.mul(h, torch.randn(512, requires_grad=True)).sum() + torch.sigmoid(h).sum()
-        after_product = stored_bytes(store)
-        z = F.gelu(h).sum()
-    assert stored_bytes(store) - after_product >= 512
+        h = torch.relu(x)
+        y = F.gelu(h).sum() + torch.tanh(h).sum()
+        # Signs, codes of h and codes of the tanh.
+        assert stored_bytes(store) == 128 + 2 * (512 + 8)
+        z = torch.exp2(h).sum() + torch.atan(h).sum()
+    assert stored_bytes(store) == 512 + 8
     (y + z).backward()
 
 
@@ -158,14 +172,23 @@ def test_changing_a_compressed_tensor_in_place_is_right() -> None:
     assert float((second - 100 * columns).abs().max()) < 100 * bound
 
 
-def test_non_finite_values_stay_visible() -> None:
-    weight = torch.randn(64, 64, requires_grad=True)
-    x = torch.randn(64, 64)
-    x[5, 7] = float("inf")
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_non_finite_group_is_stored_exact(value: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(40, 40, requires_grad=True)
+    x = torch.randn(40, 40)
+    x[5, 7], x[39, 39] = value, value
+    flat = x.flatten()
     with store_for(nn.Linear(1, 1)):
-        y = torch.mm(x, weight)
-    (gradient,) = torch.autograd.grad(y.nan_to_num().sum(), weight)
-    assert not bool(torch.isfinite(gradient).all())
+        y = torch.mul(x, weight)
+    (gradient,) = torch.autograd.grad(y.sum(), weight)
+    exact = torch.zeros(1600, dtype=torch.bool)
+    exact[0:256] = exact[1536:1600] = True
+    torch.testing.assert_close(
+        gradient.flatten()[exact], flat[exact], rtol=0, atol=0, equal_nan=True
+    )
+    assert bool(torch.isfinite(gradient.flatten()[~exact]).all())
+    assert not torch.equal(gradient.flatten()[~exact], flat[~exact])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dpmem.units import parse_bytes
         ),
         ({"precision": "fp16"}, NotImplementedError, "needs loss scaling"),
         ({"activations": "3bit"}, ValueError, "activations must be one of None, 'lossless'"),
-        ({"activations": "4bit+offload"}, NotImplementedError, "needs offload"),
+        ({"activations": 4.5}, ValueError, "a budget such as '6GiB', or a Policy; received 4.5"),
         ({"shard": "optimizer"}, NotImplementedError, "needs optimizer-state sharding"),
         ({"shard": "half"}, ValueError, "received 'half'"),
         ({"offload": "optimizer"}, NotImplementedError, "needs host offload"),
