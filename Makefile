@@ -8,7 +8,7 @@ next := $(VENV)/triton-next
 # Whole files, so that what a file compiles once is compiled once.
 parallel := --numprocesses 2 --dist loadfile
 
-.PHONY: setup demo test test-all verify verify-next bench lint clean
+.PHONY: setup demo test test-all validation verify verify-next bench lint clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,12 @@ test-all: setup
 # Every kernel beside what people use instead, in paired runs: writes reports/bench/kernels-*.
 bench: setup
 	PYTHONPATH=kernels $(bin)/python -m bench --threads 1 2
+
+# Forecasts beside the peaks that others measured on GPUs: writes reports/validation/. Needs
+# transformers and torchvision (extra `examples`); half an hour on two cores.
+validation: setup
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[examples]"
+	PYTHONPATH=reports/validation $(bin)/python reports/validation/validate.py
 
 # What a machine without a GPU can prove of the kernels, every one for every target: writes
 # reports/kernels/verify.json and the table in kernels/README.md. Minutes; uses every core.

@@ -98,10 +98,15 @@ def used_twice(model: nn.Module, batch: Tensor) -> Tensor:
 USED_TWICE = Job(nn.Identity, lambda n: rows(n).requires_grad_(), used_twice, name="used twice")
 
 
+WITNESSED = [MLP, TRANSFORMER, CONVOLUTIONS, USED_TWICE]
+
+
 # What one operator allocates and frees within itself is the only difference there may be, and the
 # profiler alone sees it.
 @pytest.mark.parametrize("zero_grad", ["start", "before_backward", "end"])
-@pytest.mark.parametrize("job", [MLP, TRANSFORMER, CONVOLUTIONS, USED_TWICE], ids=lambda job: job.name)
+@pytest.mark.parametrize(
+    "job", [MLP, TRANSFORMER, CONVOLUTIONS, USED_TWICE], ids=lambda job: job.name
+)
 def test_an_independent_witness_agrees(job: Job, zero_grad: Any) -> None:
     job = replace(job, zero_grad=zero_grad)
     measured_bytes = measure(job, 16).peak_allocated_bytes
