@@ -1,0 +1,122 @@
+"""dpmem.estimate and its command: what they pass on, and what they say."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import dpmem
+from dpmem.forecast import estimate_command, forecast_of
+from dpmem_profiling.gpus import GPUS
+
+WIDTH = 256
+
+
+def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+
+
+JOB = dpmem.Job(mlp, lambda n: torch.randn(n, WIDTH), mean_square, optimizer=sgd, name="mlp")
+PARAMETER_BYTES = 4 * 4 * (WIDTH * WIDTH + WIDTH)
+
+
+def test_an_estimate_of_the_job_as_it_is() -> None:
+    estimate = dpmem.estimate(JOB, batch_size=64, gpu="a100-40gb")
+    assert (estimate.name, estimate.gpu, estimate.batch_size) == ("mlp", "a100-40gb", 64)
+    assert estimate.breakdown["parameter"] == PARAMETER_BYTES
+    assert estimate.fits
+    assert estimate.largest_batch is not None
+    assert estimate.largest_batch > 1_000_000
+
+
+def test_a_wrapper_is_traced_and_its_memory_named() -> None:
+    wrap = partial(dpmem.wrap, max_grad_norm=1.0)
+    alone = dpmem.estimate(JOB, batch_size=64, gpu="a100-40gb", wrap=wrap)
+    ranks = dpmem.estimate(JOB, batch_size=64, gpu="a100-40gb", wrap=wrap, world_size=2)
+    # The clip holds a scalar or two.
+    assert alone.breakdown.get("bucket", 0) <= 1024
+    # Several ranks keep their gradients in buckets.
+    record = forecast_of(dpmem.Job(**{**vars(JOB), "wrap": wrap}), world_size=2).record(
+        64, GPUS["a100-40gb"]
+    )
+    assert record.peak_by_category["bucket"] >= PARAMETER_BYTES
+    assert ranks.peak_allocated_bytes >= alone.peak_allocated_bytes
+    assert not torch.distributed.is_initialized()
+
+
+def test_compressed_activations_are_forecast_smaller() -> None:
+    n = 16384
+    plain, small = (
+        dpmem.estimate(
+            JOB, batch_size=n, gpu="a100-40gb", wrap=partial(dpmem.wrap, activations=bits)
+        )
+        for bits in (None, "4bit")
+    )
+    # Three layers' inputs in an eighth and a little: at least two whole ones are saved.
+    assert small.peak_allocated_bytes <= plain.peak_allocated_bytes - 2 * 4 * n * WIDTH
+    assert small.breakdown["compressed"] > 0
+
+
+def test_where_gradients_are_dropped_moves_the_peak() -> None:
+    at_end, at_start = (
+        dpmem.estimate(JOB, batch_size=4096, gpu="a100-40gb", zero_grad=position)
+        for position in ("end", "before_backward")
+    )
+    # Old gradients are alive during the forward pass.
+    assert at_start.peak_allocated_bytes >= at_end.peak_allocated_bytes
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="did you mean a100-40gb"):
+        dpmem.estimate(JOB, batch_size=1, gpu="a100")
+    with pytest.raises(ValueError, match="world_size must be at least 1"):
+        dpmem.estimate(JOB, batch_size=1, gpu="t4", world_size=0)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    path = tmp_path / "small_job.py"
+    path.write_text(
+        "import torch, dpmem\n"
+        "def job():\n"
+        "    return dpmem.Job(lambda: torch.nn.Linear(8, 8), lambda n: torch.randn(n, 8),\n"
+        "                     lambda model, batch: model(batch).sum())\n"
+    )
+    return f"{path}:job"
+
+
+def test_the_command_prints_a_row_for_each_gpu(target: str) -> None:
+    arguments = [target, "--batch", "4", "--gpu", "t4", "--gpu", "h100-80gb"]
+    result = CliRunner().invoke(estimate_command, arguments, standalone_mode=False)
+    assert result.return_value == 0
+    assert "t4" in result.output
+    assert "h100-80gb" in result.output
+    assert result.output.count("yes") == 2
+
+
+def test_the_command_prints_json(target: str) -> None:
+    arguments = [target, "--batch", "4", "--gpu", "t4", "--json"]
+    result = CliRunner().invoke(estimate_command, arguments, standalone_mode=False)
+    (estimate,) = json.loads(result.output)
+    assert estimate["gpu"] == "t4"
+    assert sum(estimate["breakdown"].values()) == estimate["peak_allocated_bytes"]
+
+
+def test_what_fits_nowhere_is_a_finding(target: str) -> None:
+    arguments = [target, "--batch", str(10**10), "--gpu", "t4"]
+    result = CliRunner().invoke(estimate_command, arguments, standalone_mode=False)
+    assert result.return_value == 1
+    assert "fits none of these GPUs: it takes" in result.stderr
