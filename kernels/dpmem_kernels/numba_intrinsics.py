@@ -55,14 +55,25 @@ def _emit_bfloat_to_float(builder: Any, value: Any) -> Any:
     return builder.bitcast(high, _FLOAT)
 
 
-def _emit_float_to_bfloat(builder: Any, value: Any) -> Any:
+def _upper_half_rounded(builder: Any, value: Any) -> Any:
     bits = builder.bitcast(value, _INT32)
     tie = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
-    rounded = builder.add(builder.add(bits, _INT32(0x7FFF)), tie)
+    return builder.add(builder.add(bits, _INT32(0x7FFF)), tie)
+
+
+def _upper_half(builder: Any, bits: Any) -> Any:
+    return builder.trunc(builder.lshr(bits, _INT32(16)), _INT16)
+
+
+def _emit_float_to_bfloat(builder: Any, value: Any) -> Any:
     # A carry must not turn a NaN into something else.
     is_nan = builder.fcmp_unordered("uno", value, value)
-    rounded = builder.select(is_nan, _INT32(0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(rounded, _INT32(16)), _INT16)
+    rounded = _upper_half_rounded(builder, value)
+    return _upper_half(builder, builder.select(is_nan, _INT32(0x7FC00000), rounded))
+
+
+def _emit_computed_to_bfloat(builder: Any, value: Any) -> Any:
+    return _upper_half(builder, _upper_half_rounded(builder, value))
 
 
 def _emit_half_to_float(builder: Any, value: Any) -> Any:
@@ -77,6 +88,7 @@ bits_to_float = _conversion(types.uint32, types.float32, lambda b, x: b.bitcast(
 float_to_bits = _conversion(types.float32, types.uint32, lambda b, x: b.bitcast(x, _INT32))
 _bfloat_to_float = _conversion(types.uint16, types.float32, _emit_bfloat_to_float)
 _float_to_bfloat = _conversion(types.float32, types.uint16, _emit_float_to_bfloat)
+_computed_to_bfloat = _conversion(types.float32, types.uint16, _emit_computed_to_bfloat)
 _half_to_float = _conversion(types.int16, types.float32, _emit_half_to_float)
 _float_to_half = _conversion(types.float32, types.int16, _emit_float_to_half)
 
@@ -122,5 +134,25 @@ def _encode_overload(value: Any, like: Any) -> Any:
 
         def choice(value: Any, like: Any) -> Any:
             return _float_to_half(value)
+
+    return choice
+
+
+def encode_computed(value: Any, source: Any, like: Any) -> Any:
+    """encode, for a value computed from nothing but elements stored like `source`, elements stored
+    like `like`, and numbers whose NaN is the canonical one."""
+
+
+@overload(encode_computed, inline="always")
+def _encode_computed_overload(value: Any, source: Any, like: Any) -> Any:
+    if source == like == types.uint16:
+        # The NaN of a result is an operand's or the canonical one, so its lower half is 0 and
+        # nothing carries: the comparison, a quarter of the loop's instructions, is not needed.
+        def choice(value: Any, source: Any, like: Any) -> Any:
+            return _computed_to_bfloat(value)
+    else:
+
+        def choice(value: Any, source: Any, like: Any) -> Any:
+            return encode(value, like)
 
     return choice

@@ -5,6 +5,7 @@ float64, where the square of an fp32 number is exact and no sum of them overflow
 finite exactly if all of its elements are.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -16,7 +17,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from .cpu_threads import threads_for
-from .numba_intrinsics import decode, encode, fma, typed_array
+from .numba_intrinsics import decode, encode, encode_computed, fma, typed_array
 from .tensor_table import DTYPES, Walk
 
 
@@ -74,7 +75,7 @@ def _move(source: Any, destination: Any, scale: Any, accumulate: bool, sums: boo
             value = fma(value, scale, decode(destination[i]))
         else:
             value = value * scale
-        stored = encode(value, destination[i])
+        stored = encode_computed(value, source[i], destination[i])
         destination[i] = stored
         if sums:
             written = np.float64(decode(stored))
@@ -218,7 +219,8 @@ def run(walk: Walk) -> tuple[Tensor, Tensor]:
     zero = torch.zeros((), dtype=torch.float32)
     if walk.skip_if_one and scale == 1.0:
         return zero, zero.clone()
-    factor = np.float32(1.0 if scale is None else scale)
+    # Any NaN is the canonical one: see encode_computed.
+    factor = np.float32(1.0 if scale is None else np.nan if math.isnan(scale) else scale)
     chunks = walk.chunks.numpy()
     partials = np.empty(len(chunks))
     parallel = threads_for(len(chunks)) > 1

@@ -127,6 +127,31 @@ def test_accumulate_adds_to_its_places_and_nothing_else(
     assert got == want
 
 
+# Canonical, with every bit of its payload, and negative: a carry out of these is a number.
+NANS = (0x7FC00000, 0x7FFFFFFF, -0x400000, -1)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES[1:] for b in DTYPES[1:]], ids=str)
+def test_every_16_bit_gradient_by_every_kind_of_scale(
+    dtypes: tuple[torch.dtype, torch.dtype], accumulate: bool
+) -> None:
+    source, destination = dtypes
+    every = torch.arange(1 << 16)
+    gradient = every.to(torch.uint16).view(source)
+    held = every.flip(0).to(torch.uint16).view(destination)
+    plan = PackPlan([1 << 16], [source], [0], CPU)
+    nans = torch.tensor(NANS, dtype=torch.int32).view(torch.float32).tolist()
+    for scale in (0.5, 1 / 3, 0.0, 1e-30, 1e30, math.inf, -math.inf, *nans):
+        expected, bucket = held.clone(), held.clone()
+        for backend, out in (("reference", expected), ("cpu", bucket)):
+            flag = bucket_pack(
+                plan, [gradient], out, scale=scale, accumulate=accumulate, backend=backend
+            )
+            assert flag == 1
+        assert_same_values(bucket, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulating_raises_the_flag_for_what_it_writes(backend: Backend) -> None:
     plan = PackPlan([1], [torch.float16], [0], CPU)
