@@ -11,7 +11,7 @@ Error    y is bit-exact on every backend (which NaN a NaN becomes is not specifi
          Sums add per chunk (tensor_table.py), then over chunks in float64, in an order that depends
          on the sizes and, on triton, on which tensors' addresses 16 divides (torch's own do). With
          CHUNK = 4096 elements and u = 2^-24, relative error
-             triton              at most (CHUNK + 2) u, and CHUNK/128 + 13 u as the tile is laid
+             triton              at most (CHUNK + 2) u, and CHUNK/64 + 12 u as the tile is laid
                                  out; squares below 2^-126 lose up to 2^-150 each
              cpu, reference      at most u + n 2^-53
          sum_of_squares is inf where the sum exceeds fp32; found_inf still tells whether an element

@@ -101,7 +101,12 @@ def launch_pack_mask(mask: Tensor, bits: Tensor, rows: int = ROWS) -> None:
     grid = (triton.cdiv(bits.numel(), BLOCK_BYTES * rows),)
     with torch.cuda.device_of(mask):
         pack_mask_kernel[grid](
-            mask.view(torch.uint8), bits, mask.numel(), rows, mask.data_ptr() % 16 == 0
+            mask.view(torch.uint8),
+            bits,
+            mask.numel(),
+            rows,
+            mask.data_ptr() % 16 == 0,
+            enable_fp_fusion=False,
         )
 
 
@@ -109,7 +114,7 @@ def launch_pack_positive(x: Tensor, bits: Tensor, rows: int = POSITIVE_ROWS) -> 
     """Fill `bits` from an x of one element or more; `rows` blocks a program."""
     grid = (triton.cdiv(bits.numel(), BLOCK_BYTES * rows),)
     with torch.cuda.device_of(x):
-        pack_positive_kernel[grid](x, bits, x.numel(), rows)
+        pack_positive_kernel[grid](x, bits, x.numel(), rows, enable_fp_fusion=False)
 
 
 def launch_unpack_mask(bits: Tensor, mask: Tensor, rows: int = ROWS) -> None:
@@ -117,5 +122,10 @@ def launch_unpack_mask(bits: Tensor, mask: Tensor, rows: int = ROWS) -> None:
     grid = (triton.cdiv(bits.numel(), BLOCK_BYTES * rows),)
     with torch.cuda.device_of(mask):
         unpack_mask_kernel[grid](
-            bits, mask.view(torch.uint8), mask.numel(), rows, bits.data_ptr() % 16 == 0
+            bits,
+            mask.view(torch.uint8),
+            mask.numel(),
+            rows,
+            bits.data_ptr() % 16 == 0,
+            enable_fp_fusion=False,
         )

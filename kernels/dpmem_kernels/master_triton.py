@@ -73,7 +73,9 @@ def split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
         return
     words, tops = master.view(torch.int32), weight.view(torch.int16)
     with torch.cuda.device_of(master):
-        split_kernel[(triton.cdiv(n, BLOCK),)](words, tops, remainder, n, BLOCK=BLOCK, num_warps=4)
+        split_kernel[(triton.cdiv(n, BLOCK),)](
+            words, tops, remainder, n, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+        )
 
 
 def join(weight: Tensor, remainder: Tensor, master: Tensor) -> None:
@@ -83,4 +85,6 @@ def join(weight: Tensor, remainder: Tensor, master: Tensor) -> None:
         return
     tops, words = weight.view(torch.int16), master.view(torch.int32)
     with torch.cuda.device_of(master):
-        join_kernel[(triton.cdiv(n, BLOCK),)](tops, remainder, words, n, BLOCK=BLOCK, num_warps=4)
+        join_kernel[(triton.cdiv(n, BLOCK),)](
+            tops, remainder, words, n, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False
+        )

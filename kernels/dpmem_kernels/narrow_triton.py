@@ -60,7 +60,15 @@ def launch_narrow(index: Tensor, codes: Tensor, low: int, span: int, block: int 
     outside = torch.zeros((), dtype=torch.int32, device=index.device)
     with torch.cuda.device_of(index):
         narrow_kernel[(triton.cdiv(index.numel(), block),)](
-            index, codes, outside, index.numel(), low, span, block, num_warps=4
+            index,
+            codes,
+            outside,
+            index.numel(),
+            low,
+            span,
+            block,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
     return outside == 0
 
@@ -69,5 +77,5 @@ def launch_widen(codes: Tensor, index: Tensor, low: int, block: int = BLOCK) -> 
     """Fill `index`, which has one element or more."""
     with torch.cuda.device_of(index):
         widen_kernel[(triton.cdiv(index.numel(), block),)](
-            codes, index, index.numel(), low, block, num_warps=4
+            codes, index, index.numel(), low, block, num_warps=4, enable_fp_fusion=False
         )

@@ -3,7 +3,6 @@
 # Arguments of Triton kernels have no Python type.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backend import INTERPRETING
+from .assembly_triton import (
+    assembly_of,
+    fma_of_difference,
+    instruction,
+    interleave_bytes,
+    max_nan_bf16x2,
+    max_nan_f16x2,
+    middle_bytes,
+    min_nan_bf16x2,
+    min_nan_f16x2,
+    reciprocal,
+    rounded_pair,
+    upper_halves,
+)
 from .philox_triton import philox
 from .quantize import NAN_META, ROUND_UP, SCALE_LIMIT, SMALLEST_SCALE, Quantized
 
@@ -25,14 +37,6 @@ BLOCK = 4096
 
 
 @triton.jit
-def _assembly(INSTRUCTION: tl.constexpr, a, b):
-    """One machine instruction on two 32-bit words."""
-    return tl.inline_asm_elementwise(
-        INSTRUCTION, "=r,r,r", [a, b], dtype=tl.uint32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _max_nan(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -40,26 +44,6 @@ def _max_nan(a, b):
 @triton.jit
 def _min_nan(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _max_nan_bf16x2(a, b):
-    return _assembly("max.NaN.bf16x2 $0, $1, $2;", a, b)
-
-
-@triton.jit
-def _min_nan_bf16x2(a, b):
-    return _assembly("min.NaN.bf16x2 $0, $1, $2;", a, b)
-
-
-@triton.jit
-def _max_nan_f16x2(a, b):
-    return _assembly("max.NaN.f16x2 $0, $1, $2;", a, b)
-
-
-@triton.jit
-def _min_nan_f16x2(a, b):
-    return _assembly("min.NaN.f16x2 $0, $1, $2;", a, b)
 
 
 @triton.jit
@@ -83,17 +67,8 @@ def _join(a, b, Element: tl.constexpr, ASM: tl.constexpr):
     if Element == tl.float32:
         low = a.to(tl.uint32, bitcast=True).to(tl.uint64)
         return low | (b.to(tl.uint32, bitcast=True).to(tl.uint64) << 32)
-    elif ASM:
-        # cvt takes floats; their bits ride in the helper's 32-bit words
-        a = a.to(tl.uint32, bitcast=True)
-        b = b.to(tl.uint32, bitcast=True)
-        if Element == tl.bfloat16:
-            return _assembly("cvt.rn.bf16x2.f32 $0, $2, $1;", a, b)
-        else:
-            return _assembly("cvt.rn.f16x2.f32 $0, $2, $1;", a, b)
     else:
-        low = a.to(Element).to(tl.uint16, bitcast=True).to(tl.uint32)
-        return low | (b.to(Element).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+        return rounded_pair(a, b, Element, ASM)
 
 
 @triton.jit
@@ -116,24 +91,12 @@ def _word_pointer(p):
 
 
 @triton.jit
-def _reciprocal(s, ASM: tl.constexpr):
-    """1 / s, correctly rounded. One Newton step is enough for the 8-bit significand of a bf16
-    scale: it was checked for all 128 of them and starts up to 3 units off."""
-    if ASM:
-        y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [s], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return tl.fma(y, tl.fma(-s, y, 1.0), y)
-    else:
-        return tl.div_rn(1.0, s)
-
-
-@triton.jit
 def _code_pair(
     w, r, zero, inverse, unknown, Element: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr
 ):
-    """Codes of a word's two elements in the halves of a word, each plus 0x4300 (0x8700 for
-    8 bits): the exponent of the rounded sum, left in place because removing it costs.
+    """Codes of a word's two elements in the halves of a word: for 8 bits in their lower bytes,
+    below what else was in the sum; for fewer each plus 0x4300, the exponent of the rounded sum,
+    left in place because removing it costs.
 
     `unknown` is 0. A shift and the sum with a base that the compiler does not know are one
     instruction; with a constant the sum becomes an or, and two."""
@@ -144,30 +107,21 @@ def _code_pair(
         v = (r >> 17) + base
     elif ASM:
         base = tl.full(r.shape, 0x43000000, tl.uint32)
-        u = _assembly("prmt.b32 $0, $1, $2, 0x7610;", r, base)
-        v = _assembly("prmt.b32 $0, $1, $2, 0x7632;", r, base)
+        u = instruction("prmt.b32 $0, $1, $2, 0x7610;", r, base)
+        v = instruction("prmt.b32 $0, $1, $2, 0x7632;", r, base)
     else:
         base = unknown + 0x43000000
         u = (r & 0xFFFF) | base
         v = (r >> 16) + base
-    u = tl.fma(a - zero, inverse, u.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
-    v = tl.fma(b - zero, inverse, v.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True)
+    u = u.to(tl.float32, bitcast=True)
+    v = v.to(tl.float32, bitcast=True)
+    u, v = fma_of_difference(a, b, zero, inverse, u, v, ASM)
+    u = u.to(tl.uint32, bitcast=True)
+    v = v.to(tl.uint32, bitcast=True)
     if BITS == 8:
-        u = u << 1
-        v = v << 1
-    if ASM:
-        return _assembly("prmt.b32 $0, $1, $2, 0x7632;", u, v)
+        return middle_bytes(u, v, ASM)
     else:
-        return (u >> 16) | (v & 0xFFFF0000)
-
-
-@triton.jit
-def _interleave_bytes(a, b, ASM: tl.constexpr):
-    """Bytes 0 of the halves of a and b: (a low, b low, a high, b high)."""
-    if ASM:
-        return _assembly("prmt.b32 $0, $1, $2, 0x6240;", a, b)
-    else:
-        return (a & 0x00FF00FF) | ((b & 0x00FF00FF) << 8)
+        return upper_halves(u, v, ASM)
 
 
 @triton.jit
@@ -186,17 +140,17 @@ def _store_codes(
     word = tl.arange(0, W)[None, :]
 
     if ASM and Element == tl.float16:
-        high = _max_nan_f16x2(_max_nan_f16x2(w0, w1), _max_nan_f16x2(w2, w3))
-        low = _min_nan_f16x2(_min_nan_f16x2(w0, w1), _min_nan_f16x2(w2, w3))
-        a, b = _split(tl.reduce(high, 1, _max_nan_f16x2, keep_dims=True), Element)
-        c, d = _split(tl.reduce(low, 1, _min_nan_f16x2, keep_dims=True), Element)
+        high = max_nan_f16x2(max_nan_f16x2(w0, w1), max_nan_f16x2(w2, w3))
+        low = min_nan_f16x2(min_nan_f16x2(w0, w1), min_nan_f16x2(w2, w3))
+        a, b = _split(tl.reduce(high, 1, max_nan_f16x2, keep_dims=True), Element)
+        c, d = _split(tl.reduce(low, 1, min_nan_f16x2, keep_dims=True), Element)
         high = _max_nan(a, b)
         low = _min_nan(c, d)
     elif ASM and Element == tl.bfloat16:
-        high = _max_nan_bf16x2(_max_nan_bf16x2(w0, w1), _max_nan_bf16x2(w2, w3))
-        low = _min_nan_bf16x2(_min_nan_bf16x2(w0, w1), _min_nan_bf16x2(w2, w3))
-        a, b = _split(tl.reduce(high, 1, _max_nan_bf16x2, keep_dims=True), Element)
-        c, d = _split(tl.reduce(low, 1, _min_nan_bf16x2, keep_dims=True), Element)
+        high = max_nan_bf16x2(max_nan_bf16x2(w0, w1), max_nan_bf16x2(w2, w3))
+        low = min_nan_bf16x2(min_nan_bf16x2(w0, w1), min_nan_bf16x2(w2, w3))
+        a, b = _split(tl.reduce(high, 1, max_nan_bf16x2, keep_dims=True), Element)
+        c, d = _split(tl.reduce(low, 1, min_nan_bf16x2, keep_dims=True), Element)
         high = _max_nan(a, b)
         low = _min_nan(c, d)
     else:
@@ -218,7 +172,7 @@ def _store_codes(
     raised = (raw_scale.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) + _ROUND_UP
     representable = raised < _SCALE_LIMIT
     s = tl.minimum(tl.maximum(raised & 0xFFFF0000, _SMALLEST_SCALE), _SCALE_LIMIT)
-    inverse = _reciprocal(s.to(tl.float32, bitcast=True), ASM)
+    inverse = reciprocal(s.to(tl.float32, bitcast=True), ASM)
     meta = tl.where(representable, s | (z.to(tl.uint32, bitcast=True) >> 16), _NAN_META)
     tl.store(meta_ptr + g0 + row, meta.to(tl.int32, bitcast=True), mask=inside)
 
@@ -236,8 +190,8 @@ def _store_codes(
     if BITS == 8:
         out = codes_ptr.to(tl.pointer_type(tl.uint32)) + g0 * (G // 4)
         out += row * (G // 4) + word
-        first = tl.where(representable, _interleave_bytes(f0, f1, ASM), 0)
-        second = tl.where(representable, _interleave_bytes(f2, f3, ASM), 0)
+        first = tl.where(representable, interleave_bytes(f0, f1, ASM), 0)
+        second = tl.where(representable, interleave_bytes(f2, f3, ASM), 0)
         tl.store(out, first, mask=inside)
         tl.store(out + W, second, mask=inside)
     else:
@@ -373,13 +327,6 @@ def _store_pair(p, e, a, b, left):
     tl.store(p + e + 1, b.to(p.dtype.element_ty), mask=e + 1 < left)
 
 
-@functools.cache
-def _has_assembly(device: torch.device) -> bool:
-    """Whether the kernels' PTX runs on `device`: NVIDIA from compute capability 8.0."""
-    nvidia = not INTERPRETING and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _as_int32(word: int) -> int:
     """A 32-bit word as the signed int that Triton passes as i32, whatever its value."""
     return word - (1 << 32) if word >> 31 else word
@@ -401,7 +348,7 @@ def launch_quantize(
             BITS=bits,
             ROWS=rows,
             WIDE=x.data_ptr() % 16 == 0,
-            ASM=_has_assembly(x.device),
+            ASM=assembly_of(x.device),
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -420,7 +367,7 @@ def launch_dequantize(
             G=group_size,
             BITS=bits,
             ROWS=rows,
-            ASM=_has_assembly(out.device),
+            ASM=assembly_of(out.device),
             num_warps=4,
             enable_fp_fusion=False,
         )

@@ -7,9 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .assembly_triton import as_float32, assembly_of
 from .tensor_table import CHUNK, Walk
 
 TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# 64 elements a thread share what a program costs however many it moves: finding its chunk, adding
+# up. With 4 warps a thread would take half the registers, so as many chunks would be under way.
+NUM_WARPS = 2
+_THREADS = tl.constexpr(32 * NUM_WARPS)
 
 
 @triton.jit
@@ -22,13 +27,13 @@ def _typed(address, DTYPE: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.constexpr_function
 def _columns(source, destination):
-    """Elements in a row of a tile: as many as four warps of lanes take in 16 bytes each.
+    """Elements in a row of a tile: as many as a program's lanes take in 16 bytes each.
 
     Everything a thread takes is then a column, which it reduces alone. Rows of different lengths
     also keep Triton from settling on one number of elements per lane for all dtypes of a kernel.
     """
     bits = min(source.primitive_bitwidth, destination.primitive_bitwidth)
-    return 128 * 128 // bits
+    return _THREADS.value * 128 // bits
 
 
 @triton.constexpr_function
@@ -46,17 +51,10 @@ def _maximum(x, y):
 
 @triton.jit
 def _move_tile(
-    source,
-    destination,
-    length,
-    scale,
-    SOURCE: tl.constexpr,
-    DESTINATION: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    SUMS: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    source, destination, length, scale,
+    SOURCE: tl.constexpr, DESTINATION: tl.constexpr, WIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Move `length` elements; (sum of squares of what was written or 0, non-finite flag).
 
     WIDE: addresses are divisible by 16 and the length by 8.
@@ -67,11 +65,11 @@ def _move_tile(
     if WIDE:
         length = (length >> 3) * 8  # tells the compiler, in a value that only this path has
     mask = offsets < length
-    x = tl.load(_typed(source, SOURCE, WIDE) + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = as_float32(tl.load(_typed(source, SOURCE, WIDE) + offsets, mask=mask, other=0.0), ASM)
     if destination is not None:
         places = _typed(destination, DESTINATION, WIDE) + offsets
         if ACCUMULATE:
-            held = tl.load(places, mask=mask, other=0.0).to(tl.float32)
+            held = as_float32(tl.load(places, mask=mask, other=0.0), ASM)
             x = tl.fma(x, tl.full(x.shape, scale, tl.float32), held)
         elif scale is not None:
             x = x * scale
@@ -79,7 +77,7 @@ def _move_tile(
         tl.store(places, y, mask=mask)
     if SUMS:
         if destination is not None:
-            x = y.to(tl.float32)
+            x = as_float32(y, ASM)
         total = tl.sum(x * x)
         bad = 0
         # A finite sum proves every element finite. Only a sum that is not (large gradients square
@@ -90,24 +88,17 @@ def _move_tile(
         total = 0.0
         # Of the values before they are rounded, so that none is taken apart again.
         largest = tl.reduce(tl.abs(x), 0, _maximum)
-        largest = tl.reduce(tl.reshape(largest, (128, COLUMNS // 128)), 1, _maximum)
+        largest = tl.reduce(tl.reshape(largest, (_THREADS, COLUMNS // _THREADS)), 1, _maximum)
         bad = 1 - (largest < _first_infinite(DESTINATION)).to(tl.int32)
     return total, bad
 
 
 @triton.jit
 def _move_chunk(
-    source,
-    destination,
-    start,
-    length,
-    scale,
-    SOURCE: tl.constexpr,
-    DESTINATION: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    source, destination, start, length, scale,
+    SOURCE: tl.constexpr, DESTINATION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Choose between 16-byte and single accesses. Addresses are in bytes, and of element 0."""
     source += start * (SOURCE.primitive_bitwidth // 8)
     alignment = source | (length * 2)  # 8 elements fill whole vectors of any dtype
@@ -117,50 +108,25 @@ def _move_chunk(
     length = length.to(tl.int32)
     if alignment % 16 == 0:
         total, bad = _move_tile(
-            source,
-            destination,
-            length,
-            scale,
-            SOURCE,
-            DESTINATION,
-            ACCUMULATE,
-            SUMS,
-            True,
-            BLOCK,
-        )
+            source, destination, length, scale, SOURCE, DESTINATION, True,
+            ACCUMULATE, SUMS, ASM, BLOCK,
+        )  # fmt: skip
     else:
         total, bad = _move_tile(
-            source,
-            destination,
-            length,
-            scale,
-            SOURCE,
-            DESTINATION,
-            ACCUMULATE,
-            SUMS,
-            False,
-            BLOCK,
-        )
+            source, destination, length, scale, SOURCE, DESTINATION, False,
+            ACCUMULATE, SUMS, ASM, BLOCK,
+        )  # fmt: skip
     return total, bad
 
 
 # Alignment that these scalars happen to have must not compile a kernel of its own.
 @triton.jit(do_not_specialize_on_alignment=["scale", "found_inf_ptr"])
 def walk_kernel(
-    table_ptr,
-    addresses_ptr,
-    scale,
-    found_inf_ptr,
-    partials_ptr,
-    SOURCE: tl.constexpr,
-    DESTINATION: tl.constexpr,
-    STORE: tl.constexpr,
-    LOAD_SCALE: tl.constexpr,
-    SKIP_IF_ONE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table_ptr, addresses_ptr, scale, found_inf_ptr, partials_ptr,
+    SOURCE: tl.constexpr, DESTINATION: tl.constexpr, STORE: tl.constexpr,
+    LOAD_SCALE: tl.constexpr, SKIP_IF_ONE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, SUMS: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program p moves chunk p. SOURCE and DESTINATION are dtypes, None for the tensor's own.
 
     `scale` is a number, None, or with LOAD_SCALE a pointer to one. Without SUMS partials_ptr is
@@ -184,43 +150,22 @@ def walk_kernel(
     FP16: tl.constexpr = tl.float16
     if code == 0:
         total, bad = _move_chunk(
-            source,
-            destination,
-            start,
-            length,
-            scale,
-            FP32 if SOURCE is None else SOURCE,
-            FP32 if DESTINATION is None else DESTINATION,
-            ACCUMULATE,
-            SUMS,
-            BLOCK,
-        )
+            source, destination, start, length, scale,
+            FP32 if SOURCE is None else SOURCE, FP32 if DESTINATION is None else DESTINATION,
+            ACCUMULATE, SUMS, ASM, BLOCK,
+        )  # fmt: skip
     elif code == 1:
         total, bad = _move_chunk(
-            source,
-            destination,
-            start,
-            length,
-            scale,
-            BF16 if SOURCE is None else SOURCE,
-            BF16 if DESTINATION is None else DESTINATION,
-            ACCUMULATE,
-            SUMS,
-            BLOCK,
-        )
+            source, destination, start, length, scale,
+            BF16 if SOURCE is None else SOURCE, BF16 if DESTINATION is None else DESTINATION,
+            ACCUMULATE, SUMS, ASM, BLOCK,
+        )  # fmt: skip
     else:
         total, bad = _move_chunk(
-            source,
-            destination,
-            start,
-            length,
-            scale,
-            FP16 if SOURCE is None else SOURCE,
-            FP16 if DESTINATION is None else DESTINATION,
-            ACCUMULATE,
-            SUMS,
-            BLOCK,
-        )
+            source, destination, start, length, scale,
+            FP16 if SOURCE is None else SOURCE, FP16 if DESTINATION is None else DESTINATION,
+            ACCUMULATE, SUMS, ASM, BLOCK,
+        )  # fmt: skip
     if SUMS:
         tl.store(partials_ptr + chunk, total)
     # Whoever stores here stores the same value, so the order does not matter.
@@ -273,10 +218,18 @@ def run(walk: Walk) -> tuple[Tensor, Tensor]:
                 SKIP_IF_ONE=walk.skip_if_one,
                 ACCUMULATE=walk.accumulate,
                 SUMS=walk.sums,
+                ASM=assembly_of(device),
                 BLOCK=CHUNK,
-                num_warps=4,
+                num_warps=NUM_WARPS,
                 enable_fp_fusion=True,
             )
         if walk.sums:
-            sum_kernel[(1,)](partials, num_chunks, sum_of_squares, BLOCK=1024, num_warps=4)
+            sum_kernel[(1,)](
+                partials,
+                num_chunks,
+                sum_of_squares,
+                BLOCK=1024,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
     return sum_of_squares, found_inf

@@ -71,10 +71,9 @@ class QuantizeCase(_ActivationCase):
                 "BITS": self.bits,
                 "ROWS": self.block // self.group_size,
                 "WIDE": self.wide,
-                "ASM": not self.portable,
+                "ASM": self.assembly,
             },
             aligned=("x_ptr",) * self.wide + ("codes_ptr", "meta_ptr"),
-            options={"enable_fp_fusion": False},
         )
 
     def work(self) -> Work:
@@ -143,10 +142,9 @@ class DequantizeCase(_ActivationCase):
                 "G": self.group_size,
                 "BITS": self.bits,
                 "ROWS": self.elements // self.group_size,
-                "ASM": not self.portable,
+                "ASM": self.assembly,
             },
             aligned=("codes_ptr", "meta_ptr", "out_ptr"),
-            options={"enable_fp_fusion": False},
         )
 
     def work(self) -> Work:
@@ -217,27 +215,26 @@ def _values(numel: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def activation_cases(*, assembly: bool) -> list[KernelCase]:
-    """What GPUs with NVIDIA's assembly launch, or those without.
+def activation_cases(*, assembly: int) -> list[KernelCase]:
+    """What GPUs with that assembly launch.
 
     Every dtype and width at the default group size and index; every other group size, the 64-bit
     index and unaligned sources once for every dtype of quantize, where the code differs most, and
-    once for dequantize. With assembly, the portable twins too.
+    once for dequantize. If there is assembly, the portable twins too.
     """
-    portable = not assembly
     formats = [(dtype, bits) for dtype in DTYPES for bits in (8, 4, 2)]
     cases: list[KernelCase] = []
     for Case in (QuantizeCase, DequantizeCase):
-        cases += [Case(dtype=d, bits=b, portable=portable) for d, b in formats]
+        cases += [Case(dtype=d, bits=b, assembly=assembly) for d, b in formats]
     for dtype in DTYPES:
         for size in (64, 256):
-            cases.append(QuantizeCase(dtype=dtype, bits=4, group_size=size, portable=portable))
-        cases.append(QuantizeCase(dtype=dtype, bits=4, index="i64", portable=portable))
-        cases.append(QuantizeCase(dtype=dtype, bits=4, wide=False, portable=portable))
+            cases.append(QuantizeCase(dtype=dtype, bits=4, group_size=size, assembly=assembly))
+        cases.append(QuantizeCase(dtype=dtype, bits=4, index="i64", assembly=assembly))
+        cases.append(QuantizeCase(dtype=dtype, bits=4, wide=False, assembly=assembly))
     for size in (64, 256):
-        cases.append(DequantizeCase(dtype="bf16", bits=4, group_size=size, portable=portable))
-    cases.append(DequantizeCase(dtype="bf16", bits=4, index="i64", portable=portable))
+        cases.append(DequantizeCase(dtype="bf16", bits=4, group_size=size, assembly=assembly))
+    cases.append(DequantizeCase(dtype="bf16", bits=4, index="i64", assembly=assembly))
     if assembly:
-        cases += [QuantizeCase(dtype=d, bits=b, portable=True) for d, b in formats]
-        cases += [DequantizeCase(dtype=d, bits=4, portable=True) for d in DTYPES]
+        cases += [QuantizeCase(dtype=d, bits=b, assembly=0) for d, b in formats]
+        cases += [DequantizeCase(dtype=d, bits=4, assembly=0) for d in DTYPES]
     return cases

@@ -73,7 +73,8 @@ def compile_case(case: KernelCase, target: str) -> Any:
         constexprs=dict(source.constexprs),
         attrs={(position[name],): [["tt.divisibility", 16]] for name in source.aligned},
     )
-    options = {"num_warps": case.num_warps, **source.options}
+    # Stated, because Triton is about to change its default.
+    options = {"num_warps": case.num_warps, "enable_fp_fusion": source.enable_fp_fusion}
     return triton.compile(ast, target=TARGETS[target], options=options)
 
 

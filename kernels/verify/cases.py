@@ -9,7 +9,7 @@ never specialised on: no case knows what divides n.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Source:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     aligned: tuple[str, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    enable_fp_fusion: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,17 @@ class Work:
 class KernelCase(ABC):
     """One compiled variant of one kernel.
 
-    `num_warps` is what the launcher asks for. `portable` marks the form without NVIDIA's assembly:
-    what AMD runs, and on NVIDIA a twin that must do the same.
+    `num_warps` is what the launcher asks for, and so is `assembly`, ASM in dpmem_kernels: which of
+    NVIDIA's instructions are there. Without any the case is `portable`: what AMD runs, and on
+    NVIDIA a twin that must do the same.
     """
 
     num_warps: int = 4
-    portable: bool = False
+    assembly: int = 80
+
+    @property
+    def portable(self) -> bool:
+        return self.assembly == 0
 
     @property
     @abstractmethod
@@ -82,7 +87,8 @@ class KernelCase(ABC):
 
     @property
     def bar(self) -> str | None:
-        """The ceiling of budgets.toml that holds; None for what serves unaligned data."""
+        """The ceiling of budgets.toml that holds; None for what serves unaligned data, and for
+        twins without one."""
         return self.kernel
 
     @abstractmethod

@@ -72,7 +72,6 @@ class QuantizeFp8Case(_Fp8Case):
             | {"n": self.index},
             constexprs=self.constexprs() | {"TOP": FORMATS[self.code_dtype].top},
             aligned=("x_ptr",) * self.wide + ("codes_ptr", "scales_ptr"),
-            options={"enable_fp_fusion": False},
         )
 
     def work(self) -> Work:
@@ -119,7 +118,6 @@ class DequantizeFp8Case(_Fp8Case):
             | {"n": self.index},
             constexprs=self.constexprs(),
             aligned=("codes_ptr",) * self.wide + ("scales_ptr", "out_ptr"),
-            options={"enable_fp_fusion": False},
         )
 
     def work(self) -> Work:

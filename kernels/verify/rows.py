@@ -50,7 +50,7 @@ def group_key(case: KernelCase) -> str:
     """Equal for cases that are one compiled kernel, of which each looks at another path."""
     source = case.source()
     return repr((source.function.__name__, source.signature, source.constexprs, source.aligned,
-                 source.options, case.num_warps))  # fmt: skip
+                 source.enable_fp_fusion, case.num_warps))  # fmt: skip
 
 
 def start_worker(cache: str) -> None:

@@ -1,7 +1,7 @@
 """The cases of the gradient ops, which are all one walk over a list of tensors, and of its sum."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from dpmem_kernels.bucket import PackPlan, bucket_pack, bucket_unpack
 from dpmem_kernels.grad_scale import grad_scale_, grad_stats, grad_unscale_
 from dpmem_kernels.tensor_table import CHUNK, chunk_table
-from dpmem_kernels.tensor_table_triton import TL_DTYPES, sum_kernel, walk_kernel
+from dpmem_kernels.tensor_table_triton import NUM_WARPS, TL_DTYPES, sum_kernel, walk_kernel
 from verify.cases import DTYPES, KernelCase, Source, Work, require
 from verify.launch import CompiledKernel, Moved, bits_of, poisoned, same_bits
 from verify.ptx import Counts, GlobalMemory
@@ -44,6 +44,7 @@ class WalkCase(KernelCase):
     tensors: Literal["fp32", "16bit"]
     bucket: str | None = None
     scaled: bool = True
+    num_warps: int = NUM_WARPS
 
     @property
     def kernel(self) -> str:
@@ -52,16 +53,17 @@ class WalkCase(KernelCase):
 
     @property
     def variant(self) -> str:
+        twin = " portable" * self.portable
         if self.bucket is None:
-            return self.tensors
+            return self.tensors + twin
         pair = (self.tensors, self.bucket)
         source, destination = reversed(pair) if self.op == "unpack" else pair
         extra = " accumulate" * (self.op == "accumulate") + " unscaled" * (not self.scaled)
-        return f"{source} to {destination}{extra}"
+        return f"{source} to {destination}{extra}{twin}"
 
     @property
-    def bar(self) -> str:
-        return "gradient"
+    def bar(self) -> str | None:
+        return None if self.portable else "gradient"
 
     @property
     def stores(self) -> bool:
@@ -86,6 +88,7 @@ class WalkCase(KernelCase):
             "SKIP_IF_ONE": self.op == "grad_scale",
             "ACCUMULATE": self.op == "accumulate",
             "SUMS": self.sums,
+            "ASM": self.assembly,
             "BLOCK": CHUNK,
         }
         if self.stores and self.scaled:
@@ -102,7 +105,7 @@ class WalkCase(KernelCase):
             signature=signature,
             constexprs=constexprs,
             aligned=("table_ptr", "addresses_ptr") + ("partials_ptr",) * self.sums,
-            options={"enable_fp_fusion": True},
+            enable_fp_fusion=True,
         )
 
     def work(self) -> Work:
@@ -304,16 +307,30 @@ class SumCase(KernelCase):
         return None
 
 
-def walk_cases() -> list[KernelCase]:
+def walk_cases(*, assembly: int) -> list[KernelCase]:
+    """What GPUs with that assembly launch.
+
+    If there is any, also portable twins of the ops that read 16-bit elements twice.
+    """
     sizes: tuple[Literal["fp32", "16bit"], ...] = ("fp32", "16bit")
     ops: tuple[Op, ...] = ("grad_stats", "grad_unscale", "grad_scale")
     bucket_ops: tuple[Op, ...] = ("pack", "accumulate", "unpack")
-    cases: list[KernelCase] = [WalkCase(op=op, tensors=size) for op in ops for size in sizes]
-    cases += [
-        WalkCase(op=op, tensors=size, bucket=bucket)
+    walks = [WalkCase(op=op, tensors=size, assembly=assembly) for op in ops for size in sizes]
+    walks += [
+        WalkCase(op=op, tensors=size, bucket=bucket, assembly=assembly)
         for op in bucket_ops
         for bucket in DTYPES
         for size in sizes
     ]
-    unscaled = WalkCase(op="unpack", tensors="fp32", bucket="bf16", scaled=False)
-    return [*cases, unscaled, replace(unscaled, tensors="16bit"), SumCase()]
+    walks += [
+        WalkCase(op="unpack", tensors=size, bucket="bf16", scaled=False, assembly=assembly)
+        for size in sizes
+    ]
+    if not assembly:
+        return [*walks, SumCase()]
+    twins = [
+        WalkCase(op="grad_unscale", tensors="16bit", assembly=0),
+        WalkCase(op="accumulate", tensors="16bit", bucket="bf16", assembly=0),
+        WalkCase(op="unpack", tensors="16bit", bucket="fp16", assembly=0),
+    ]
+    return [*walks, *twins, SumCase()]

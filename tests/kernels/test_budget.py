@@ -79,7 +79,7 @@ def test_the_ceiling_holds_on_sm_90_whatever_is_on_record() -> None:
 
 
 def test_a_portable_twin_has_its_own_ceiling_and_no_time_bar() -> None:
-    twin = replace(CASE, portable=True)
+    twin = replace(CASE, assembly=0)
     row = replace(ROW, variant=twin.variant, instructions_per_element=18.1, issue_time_ratio=1.2)
     budgets = replace(BUDGETS, figures={twin.name: {"sm_90": Figure(80, 18.1)}})
     assert _problems(row, budgets, twin) == ["18.10 instructions per element; 18.0 are allowed"]

@@ -23,7 +23,7 @@ FEW: tuple[KernelCase, ...] = (
     QuantizeCase(dtype="bf16", bits=4),
     QuantizeCase(dtype="bf16", bits=4, wide=False),
     QuantizeCase(dtype="fp32", bits=8, group_size=64, index="i64"),
-    QuantizeCase(dtype="fp16", bits=2, portable=True),
+    QuantizeCase(dtype="fp16", bits=2, assembly=0),
     DequantizeCase(dtype="bf16", bits=4),
     DequantizeCase(dtype="fp32", bits=2, group_size=256, index="i64"),
     QuantizeFp8Case(dtype="bf16", code="e4m3"),

@@ -124,3 +124,49 @@ def test_histogram(launch):
     counts = launch("histogram", 4, x, found, x.size)
     np.testing.assert_array_equal(found, np.bincount(x, minlength=10))
     assert counts.atomics == {4: 1000}
+
+
+# Assembly and its twin in plain Triton do the same: dpmem_kernels.assembly_triton.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+each_form = pytest.mark.parametrize("form", ["assembly", "plain"])
+each_dtype = pytest.mark.parametrize("name", DTYPES)
+
+
+@each_form
+@each_dtype
+def test_every_16_bit_number_as_float32(launch, name, form):
+    x = torch.arange(1 << 16).to(torch.uint16).view(torch.int16)
+    out = np.zeros(1 << 16, np.float32)
+    launch(f"{name} as float32 {form}", 64, x.numpy(), out)
+    want = x.view(DTYPES[name]).float()
+    assert torch.equal(torch.from_numpy(out).isnan(), want.isnan())
+    np.testing.assert_array_equal(out[~want.isnan()], want[~want.isnan()])
+
+
+@each_form
+@each_dtype
+def test_pairs_are_rounded_to_nearest_even(launch, name, form):
+    """Any bits; each 16-bit number, half a step above it, where ties go to even, and a bit off."""
+    near = (np.arange(1 << 16, dtype=np.uint32)[:, None] << 16) + np.uint32([0, 0x7FFF, 0x8000])
+    half = torch.arange(1 << 16).to(torch.uint16).view(torch.float16).float().view(torch.int32)
+    near_half = half.numpy().view(np.uint32)[:, None] + np.uint32([0xFFF, 0x1000, 0x1001])
+    random = np.random.default_rng(6).integers(0, 2**32, 1 << 17, np.uint64).astype(np.uint32)
+    bits = np.concatenate([near.ravel(), near_half.ravel(), random])
+    x = torch.from_numpy(bits.view(np.float32))
+    out = torch.zeros(x.numel() // 2, dtype=torch.int32)
+    launch(f"pairs of {name} {form}", out.numel() // 1024, x.numpy(), out.numpy())
+    found, want = out.view(DTYPES[name]), x.to(DTYPES[name])
+    assert torch.equal(found.isnan(), want.isnan())
+    finite = ~want.isnan()
+    assert torch.equal(found.view(torch.int16)[finite], want.view(torch.int16)[finite])
+
+
+@each_form
+def test_bytes_are_permuted(launch, form):
+    pairs = np.random.default_rng(7).integers(0, 2**32, (2048, 2), np.uint64).astype(np.uint32)
+    upper, interleaved = np.zeros((2, 2048), np.uint32)
+    launch(f"bytes {form}", 2, pairs.ravel(), upper, interleaved)
+    halves, octets = pairs.view(np.uint16), pairs.view(np.uint8)
+    np.testing.assert_array_equal(upper.view(np.uint16).reshape(-1, 2), halves[:, [1, 3]])
+    want = octets[:, [0, 4, 2, 6]]
+    np.testing.assert_array_equal(interleaved.view(np.uint8).reshape(-1, 4), want)

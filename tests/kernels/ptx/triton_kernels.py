@@ -12,6 +12,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dpmem_kernels.assembly_triton import as_float32, interleave_bytes, rounded_pair, upper_halves
+
 
 @triton.jit
 def masked_add(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
@@ -73,6 +75,36 @@ def histogram(x_ptr, counts_ptr, n, BLOCK: tl.constexpr):
     tl.atomic_add(counts_ptr + x, tl.full((BLOCK,), 1, tl.int32), mask=mask, sem="relaxed")
 
 
+@triton.jit
+def float32_of(x_ptr, out_ptr, ASM: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, as_float32(tl.load(x_ptr + offsets), ASM))
+
+
+@triton.jit
+def words_of_pairs(x_ptr, out_ptr, Element: tl.constexpr, ASM: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = x_ptr + 2 * offsets
+    word = rounded_pair(tl.load(x), tl.load(x + 1), Element, ASM)
+    tl.store(out_ptr + offsets, word)
+
+
+@triton.jit
+def permuted_bytes(x_ptr, upper_ptr, bytes_ptr, ASM: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a, b = tl.load(x_ptr + 2 * offsets), tl.load(x_ptr + 2 * offsets + 1)
+    tl.store(upper_ptr + offsets, upper_halves(a, b, ASM))
+    tl.store(bytes_ptr + offsets, interleave_bytes(a, b, ASM))
+
+
+def with_twin(name: str, kernel: object, types: str, **constants: object) -> dict[str, tuple]:
+    """A kernel of what is assembly or not, both ways."""
+    return {
+        f"{name} {form}": (kernel, types, {**constants, "ASM": level, "BLOCK": 1024})
+        for form, level in (("assembly", 80), ("plain", 0))
+    }
+
+
 KERNELS = {
     "masked_add": (masked_add, "*fp32 *fp32 *fp32 i32", {"BLOCK": 1024}),
     "row_sum": (row_sum, "*fp32 *fp32 i32", {"BLOCK": 1024}),
@@ -81,6 +113,11 @@ KERNELS = {
     "pack_int4": (pack_int4, "*fp32 *u8 i32", {"BLOCK": 1024}),
     "transpose": (transpose, "*fp16 *fp16", {"SIZE": 64}),
     "histogram": (histogram, "*i32 *i32 i32", {"BLOCK": 256}),
+    **with_twin("bf16 as float32", float32_of, "*bf16 *fp32"),
+    **with_twin("fp16 as float32", float32_of, "*fp16 *fp32"),
+    **with_twin("pairs of bf16", words_of_pairs, "*fp32 *u32", Element=tl.bfloat16),
+    **with_twin("pairs of fp16", words_of_pairs, "*fp32 *u32", Element=tl.float16),
+    **with_twin("bytes", permuted_bytes, "*u32 *u32 *u32"),
 }
 ARCHITECTURES = (80, 90, 100, 120)
 
