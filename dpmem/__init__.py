@@ -5,6 +5,7 @@
 
 from dpmem.activations.audit import Audit, audit
 from dpmem.activations.policy import Policy
+from dpmem.comm_hooks import GradBucket, comm_hook
 from dpmem.config import WrapConfig
 from dpmem.forecast import estimate
 from dpmem.jobs import find_batch_size, report
@@ -18,6 +19,7 @@ __all__ = [
     "BatchSizeResult",
     "DataParallel",
     "Estimate",
+    "GradBucket",
     "Job",
     "MemoryRecord",
     "Policy",
@@ -25,6 +27,7 @@ __all__ = [
     "StepContext",
     "WrapConfig",
     "audit",
+    "comm_hook",
     "compress",
     "estimate",
     "find_batch_size",

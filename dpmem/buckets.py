@@ -1,12 +1,12 @@
 """Which gradient lives where in which bucket: a pure plan, the same on every rank.
 
-A bucket is one flat buffer that one kernel launch fills and one collective reduces. Parameters
-are placed in reverse order of registration, because backward produces gradients roughly in that
-order; a bucket holds one dtype. The plan depends on nothing but its arguments, so ranks that
-agree on the parameters agree on the plan without a word.
+A bucket is one flat buffer that one kernel launch fills and one collective reduces; it holds one
+dtype. Parameters are placed in the order in which a backward was seen to produce their gradients,
+before that in reverse order of registration, which is roughly that. The plan depends on nothing but
+its arguments, so ranks that agree on these agree on the plan without a word.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +61,19 @@ class BucketPlan:
         cls,
         parameters: Sequence[tuple[int, torch.dtype]],
         *,
-        capacity_bytes: int,
-        first_capacity_bytes: int | None = None,
+        capacities_bytes: Sequence[int],
+        order: Sequence[int] | None = None,
+        alone: Collection[int] = (),
     ) -> "BucketPlan":
         """Plan buckets for `parameters`, given as (numel, dtype) in order of registration.
 
-        A bucket takes gradients while its slots, each padded to 16 bytes, fit `capacity_bytes`;
-        one that fills it exactly fits, one larger than it gets a bucket of its own. The first
-        bucket may be given a smaller capacity, so that communication starts early.
+        A bucket takes gradients while its slots, each padded to 16 bytes, fit its capacity; one
+        that fills it exactly fits, one larger than it gets a bucket of its own.
+
+        capacities_bytes  of the first bucket to be filled, the second, and so on; the last one
+                          holds for all that follow
+        order             all parameters, as their gradients arrive; None: the last comes first
+        alone             parameters that share a bucket with no other
 
         Example: capacity 32 bytes, fp32 parameters of 2, 4 and 3 elements give bucket 0 with
         parameter 2 at offset 0 (3 elements, padded to 4) and parameter 1 at offset 4, and
@@ -76,31 +81,40 @@ class BucketPlan:
 
         Raises ValueError for a capacity that is not positive.
         """
-        if capacity_bytes <= 0:
+        if not capacities_bytes or min(capacities_bytes) <= 0:
             raise ValueError(
-                f"a bucket's capacity must be positive; received {capacity_bytes} bytes; "
+                f"a bucket's capacity must be positive; received {list(capacities_bytes)} bytes; "
                 "25 MiB is the usual one"
             )
+        if order is None:
+            order = range(len(parameters))[::-1]
+        assert sorted(order) == list(range(len(parameters)))
         open_slots: dict[torch.dtype, list[Slot]] = {}
         used: dict[torch.dtype, int] = {}
-        closed: list[Bucket] = []
+        # Where in `order` the last parameter of the open bucket, and of each closed one, stands.
+        last: dict[torch.dtype, int] = {}
+        closed: list[tuple[int, Bucket]] = []
 
         def close(dtype: torch.dtype) -> None:
-            slots = open_slots.pop(dtype)
-            closed.append(Bucket(dtype, used.pop(dtype), tuple(slots)))
+            slots = tuple(open_slots.pop(dtype))
+            closed.append((last.pop(dtype), Bucket(dtype, used.pop(dtype), slots)))
 
-        for index in reversed(range(len(parameters))):
+        for place, index in enumerate(order):
             numel, dtype = parameters[index]
             step = SLOT_ALIGNMENT_BYTES // dtype.itemsize
             padded = -(-numel // step) * step
-            capacity = capacity_bytes
-            if not closed and first_capacity_bytes is not None:
-                capacity = first_capacity_bytes
+            if index in alone:
+                closed.append((place, Bucket(dtype, padded, (Slot(index, 0, numel),))))
+                continue
+            capacity = capacities_bytes[min(len(closed), len(capacities_bytes) - 1)]
             if dtype in open_slots and (used[dtype] + padded) * dtype.itemsize > capacity:
                 close(dtype)
             offset = used.get(dtype, 0)
             open_slots.setdefault(dtype, []).append(Slot(index, offset, numel))
             used[dtype] = offset + padded
+            last[dtype] = place
         for dtype in list(open_slots):
             close(dtype)
-        return cls(tuple(closed))
+        # Reduced as they fill up, so that no bucket waits for one that is not full yet.
+        closed.sort(key=lambda pair: pair[0])
+        return cls(tuple(bucket for _, bucket in closed))

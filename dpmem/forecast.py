@@ -77,13 +77,19 @@ def _ranks_without_peers(world_size: int) -> Iterator[None]:
             "already there: forecast before init_process_group, or in another process"
         )
 
+    # Objects travel as the bytes of tensors, and fake tensors have none.
     def all_say_the_same(gathered: list[Any], mine: Any, group: Any = None) -> None:
-        # Objects travel as the bytes of tensors, and fake tensors have none.
         gathered[:] = [mine] * len(gathered)
+
+    def this_rank_says_it(objects: list[Any], source: int, group: Any = None) -> None:
+        """Rank 0 is this one."""
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=fake_pg.FakeStore())
     try:
-        with mock.patch.object(dist, "all_gather_object", all_say_the_same):
+        with (
+            mock.patch.object(dist, "all_gather_object", all_say_the_same),
+            mock.patch.object(dist, "broadcast_object_list", this_rank_says_it),
+        ):
             yield
     finally:
         dist.destroy_process_group()

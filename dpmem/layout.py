@@ -9,6 +9,16 @@ import torch
 from torch import Tensor
 
 
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the parts of a complex number are; of a real one, itself."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def real_numel(tensor: Tensor) -> int:
+    """Real numbers in `tensor`."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
 def dense_strides(parameter: Tensor) -> tuple[int, ...]:
     """Strides for a gradient of `parameter`: its own where it is dense, else contiguous ones."""
     expected = 1
@@ -44,8 +54,9 @@ def dense_gradient(parameter: Tensor) -> Tensor:
     assert gradient is not None
     if gradient.layout != torch.strided:
         raise TypeError(
-            f"gradients must be dense; that of a parameter of shape {tuple(parameter.shape)} is "
-            f"{gradient.layout}; use sparse=False in its embedding"
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} must be dense, since "
+            f"it is no weight of an nn.Embedding with sparse=True; received {gradient.layout}; "
+            "use such an embedding, or make the gradient dense"
         )
     return gradient.detach()
 
@@ -54,8 +65,11 @@ def writable_gradient(parameter: Tensor) -> Tensor:
     """`parameter.grad` as a 1-D view, so that writing to it writes to the gradient.
 
     A gradient whose memory has holes or overlaps (only a user can have put it there) is replaced
-    by a contiguous copy first.
+    by a contiguous copy first. Of a sparse one it is the values, each index's added up.
     """
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.detach().coalesce()
+        return parameter.grad._values().view(-1)
     gradient = dense_gradient(parameter)
     strides = dense_strides(gradient)
     if strides != gradient.stride():

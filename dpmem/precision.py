@@ -1,7 +1,7 @@
 """Autocast around forward, and the global-norm clip that rides with the optimizer's step."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dpmem.config import Precision
-from dpmem.reducer import LocalGradients, Reducer
+from dpmem.local_gradients import LocalGradients
+from dpmem.reducer import Reducer
 from dpmem_kernels import grad_scale_
 
 # torch.nn.utils.clip_grad_norm_ adds the same, so that both clip to the same coefficient.
@@ -50,21 +51,7 @@ def check_clippable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     require gradients, or clips for another wrapper already; TypeError for parameters whose
     gradients the kernels cannot read.
     """
-    held = _held(optimizer)
-    strangers = len(held - set(map(id, model.parameters())))
-    if strangers:
-        raise ValueError(
-            "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
-            f"hold only its parameters; {strangers} belong to no part of the model; give them "
-            "an optimizer of their own"
-        )
-    absent = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if absent:
-        raise ValueError(
-            "max_grad_norm clips at the optimizer's step, so the optimizer must hold every "
-            f"parameter that requires a gradient; {len(absent)} are not in it, such as "
-            f"{absent[0]!r}; with several optimizers call torch.nn.utils.clip_grad_norm_ yourself"
-        )
+    _check_holds(optimizer, list(model.named_parameters()))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in _CLIPPABLE:
             raise TypeError(
@@ -80,12 +67,35 @@ def check_clippable(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         )
 
 
+def _check_holds(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]
+) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    strangers = len(held - {id(parameter) for _, parameter in parameters})
+    if strangers:
+        raise ValueError(
+            "max_grad_norm clips the gradients of the wrapped model, so the optimizer must "
+            f"hold only its parameters; {strangers} belong to no part of the model; give them "
+            "an optimizer of their own"
+        )
+    absent = [name for name, p in parameters if p.requires_grad and id(p) not in held]
+    if absent:
+        raise ValueError(
+            "max_grad_norm clips at the optimizer's step, so the optimizer must hold every "
+            f"parameter that requires a gradient; {len(absent)} are not in it, such as "
+            f"{absent[0]!r}; add_param_group them, or with several optimizers call "
+            "torch.nn.utils.clip_grad_norm_ yourself"
+        )
+
+
 class GradientClip:
     """Clips the global 2-norm of all gradients just before `optimizer` steps.
 
     Same coefficient as torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), computed
     and applied on the device; where it is 1, no gradient is touched. Like that function it turns
     gradients of a non-finite norm into non-finite ones, it does not hide them.
+
+    Parameters may be frozen and unfrozen, and added to the optimizer, between steps.
 
     Ranks need not talk: after the all-reduce they hold the same bits, and the sums are taken in an
     order that does not depend on threads.
@@ -94,9 +104,12 @@ class GradientClip:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        model: nn.Module,
         gradients: LocalGradients | Reducer,
         max_norm: float,
     ) -> None:
+        self._parameters = list(model.named_parameters())
+        self._checked: object = None
         self._gradients = gradients
         self._max_norm = max_norm
         self.norm: Tensor | None = None
@@ -104,13 +117,26 @@ class GradientClip:
             _CLIPS[optimizer].handle.remove()
         _CLIPS[optimizer] = _Hook(self, optimizer)
 
-    def before_step(self, closure: Callable[[], float] | None) -> None:
-        """Clip. Raises RuntimeError where a closure would compute the gradients afterwards."""
+    def before_step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], float] | None
+    ) -> None:
+        """Clip.
+
+        Raises RuntimeError where a closure would compute the gradients afterwards, ValueError where
+        the optimizer no longer holds just the parameters that are clipped.
+        """
         if closure is not None:
             raise RuntimeError(
                 "max_grad_norm clips before the step, and a closure would compute the gradients "
                 "inside it, unclipped; call backward() yourself and step() without a closure"
             )
+        now = (
+            [len(group["params"]) for group in optimizer.param_groups],
+            [parameter.requires_grad for _, parameter in self._parameters],
+        )
+        if now != self._checked:
+            _check_holds(optimizer, self._parameters)
+            self._checked = now
         with torch.no_grad():
             stats = self._gradients.stats()
             if not stats:
@@ -123,16 +149,11 @@ class GradientClip:
             self.norm = norm
 
 
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
 class _Hook:
     """An optimizer's step pre-hook: the optimizer may outlive the wrapper, and does not keep it."""
 
     def __init__(self, clip: GradientClip, optimizer: torch.optim.Optimizer) -> None:
         self.clip = weakref.ref(clip)
-        self._held = _held(optimizer)
         self.handle = optimizer.register_step_pre_hook(self)
 
     def __call__(
@@ -144,10 +165,4 @@ class _Hook:
                 "this optimizer's step was to clip the gradients of a wrapped model, which is "
                 "gone; train through the model that wrap returned, or wrap again"
             )
-        if sum(len(group["params"]) for group in optimizer.param_groups) != len(self._held):
-            raise RuntimeError(
-                "the parameters that max_grad_norm clips are those that the optimizer held when it "
-                f"was wrapped, {len(self._held)}; it holds others now; wrap again after "
-                "add_param_group"
-            )
-        clip.before_step(kwargs.get("closure") or (args[1] if len(args) > 1 else None))
+        clip.before_step(optimizer, kwargs.get("closure") or (args[1] if len(args) > 1 else None))

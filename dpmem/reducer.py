@@ -9,81 +9,55 @@ where somebody clips, each bucket is read once for its sum of squares and its fi
 A gradient that travels is nobody's `.grad`: what is zeroed or read after a backward that raised is
 never memory that a collective still writes.
 
-Buckets are launched in one fixed order on every rank, so collectives always match. A bucket's
-memory belongs to the gradients that are views of it: once they are set to None it is released at
-the next forward, so activations never share the peak with gradients nobody reads.
+Buckets are launched in one order on every rank, so collectives always match: first that of
+registration, reversed; after the first backward the one in which rank 0 saw its gradients, which
+it tells the others once. A bucket's memory belongs to the gradients that are views of it: once they
+are set to None it is released at the next forward, so activations never share the peak with
+gradients nobody reads.
 """
 
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dpmem.buckets import Bucket, BucketPlan
-from dpmem.layout import dense_gradient, dense_strides, flatten_dense, writable_gradient
-from dpmem_kernels import GradStats, PackPlan, bucket_pack, grad_stats
+from dpmem.bucket_buffer import BucketBuffer, SparseBuffer, size_and_dtype
+from dpmem.buckets import BucketPlan
+from dpmem.comm_hooks import CommHook, GradBucket
+from dpmem_kernels import GradStats
 
-# DistributedDataParallel's figures: small first bucket, so that the first collective starts early.
-FIRST_BUCKET_BYTES = 1 << 20
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_BACKWARD = -1
 
+_NO_GRAPH = (
+    "backward(create_graph=True) of a model whose gradients are averaged: averages are computed "
+    "outside of autograd, so no .grad has a graph; differentiate with torch.autograd.grad(..., "
+    "create_graph=True), and call backward() on what you make of it"
+)
 
-@dataclass
-class _BucketState:
-    """What one backward knows about one bucket."""
-
-    plan: Bucket
-    waiting: int = 0
-    flat: Tensor | None = None
-    # Of the last backward: which gradients are present seldom changes.
-    pack_plan: PackPlan | None = None
-    work: dist.Work | None = None
-    stats: GradStats | None = None
-    # The flat buffer's version when its stats were taken: views share the counter, so any
-    # later write to a gradient shows.
-    stats_version: int = -1
-    members: list[int] = field(default_factory=list)
-    # The members that had a gradient when it was launched.
-    present: list[int] = field(default_factory=list)
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
-class LocalGradients:
-    """World size 1: nothing travels, so gradients stay where autograd left them."""
+@dataclass(frozen=True)
+class ReducerOptions:
+    """What DataParallel was asked for.
 
-    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-        self._parameters = [parameter for _, parameter in parameters]
+    capacities_bytes  of the first bucket, the second, ...; the last holds for all that follow
+    find_unused       a parameter may receive no gradient, another one on each rank
+    static_graph      the same parameters receive gradients, as often, in every backward
+    as_views          gradients are views of the buckets, else tensors of their own
+    wire_dtype        what gradients travel as; None: as they are
+    """
 
-    def prepare(self, *, synchronize: bool) -> None:
-        """Nothing to prepare."""
-
-    def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
-        """Nothing to follow."""
-
-    def release(self) -> None:
-        """Nothing to release."""
-
-    def bucket_tensors(self) -> list[Tensor]:
-        """No buckets."""
-        return []
-
-    def gradients(self) -> list[Tensor]:
-        """Every gradient once, flat, sharing memory with `parameter.grad`."""
-        return [
-            writable_gradient(parameter)
-            for parameter in self._parameters
-            if parameter.grad is not None
-        ]
-
-    def stats(self) -> list[GradStats]:
-        """Sum of squares and finite flag of all gradients, read now."""
-        gradients = self.gradients()
-        return [grad_stats(gradients)] if gradients else []
+    capacities_bytes: tuple[int, ...]
+    find_unused: bool = False
+    static_graph: bool = False
+    as_views: bool = True
+    wire_dtype: torch.dtype | None = None
 
 
 class _AtTheEnd:
@@ -110,70 +84,63 @@ def _running_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
+def _remove(handles: dict[int, RemovableHandle]) -> None:
+    for handle in handles.values():
         handle.remove()
 
 
 class Reducer:
     """Averages the gradients of `parameters` over `process_group` during backward.
 
-    Raises TypeError for parameters that are not float32, bfloat16 or float16: this version
-    reduces no others.
+    parameters  all of the model; those that require a gradient at a forward are averaged
+    sparse      indices of those whose gradients are sparse
     """
 
     def __init__(
         self,
-        parameters: Sequence[tuple[str, nn.Parameter]],
+        parameters: Named,
         process_group: dist.ProcessGroup,
+        options: ReducerOptions,
         *,
-        bucket_capacity_bytes: int,
-        find_unused_parameters: bool,
+        sparse: Collection[int] = (),
     ) -> None:
-        for name, parameter in parameters:
-            if parameter.dtype not in _DTYPES:
-                raise TypeError(
-                    "gradients that travel must be float32, bfloat16 or float16; parameter "
-                    f"{name!r} is {parameter.dtype}; convert it, or freeze it before wrapping"
-                )
         self._names = [name for name, _ in parameters]
         self._parameters = [parameter for _, parameter in parameters]
-        self._strides = [dense_strides(parameter) for parameter in self._parameters]
         self._group = process_group
-        self._world_size = dist.get_world_size(process_group)
-        self._find_unused = find_unused_parameters
+        self._options = options
+        self._sparse = frozenset(sparse)
+        self._comm_hook: CommHook | None = None
+        # What gradients are multiplied by on their way: divided by the ranks that contribute.
+        self.scale = 1.0 / dist.get_world_size(process_group)
         # Set where somebody clips: each bucket is then read once more, right after it arrived.
         self.collect_stats = False
-        self.plan = BucketPlan.build(
-            [(parameter.numel(), parameter.dtype) for parameter in self._parameters],
-            capacity_bytes=bucket_capacity_bytes,
-            first_capacity_bytes=min(FIRST_BUCKET_BYTES, bucket_capacity_bytes),
-        )
-        self._buckets = [
-            _BucketState(bucket, members=[slot.parameter for slot in bucket.slots])
-            for bucket in self.plan.buckets
-        ]
-        self._bucket_of = {i: bucket for bucket in self._buckets for i in bucket.members}
-        self._offset_of = {
-            slot.parameter: slot.offset for bucket in self.plan.buckets for slot in bucket.slots
-        }
         self._synchronize = False
         self._local_backward = _NO_BACKWARD
         self._end: weakref.ref[_AtTheEnd] | None = None
-        self._reset()
+        # Raised at the next forward, because the ranks that wait need this backward to end well.
+        self._complaint: str | None = None
+        self._warned = False
+        self._handles: dict[int, RemovableHandle] = {}
+        self._trainable: tuple[int, ...] = ()
+        self._follow_trainable()
         # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
-        handles = [
-            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), index))
-            for index, parameter in enumerate(self._parameters)
-        ]
-        weakref.finalize(self, _remove, handles).atexit = False
+        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def prepare(self, *, synchronize: bool) -> None:
-        """Before a forward that will be differentiated: shall its backward average gradients?"""
+        """Before a forward that will be differentiated: shall its backward average gradients?
+
+        Raises RuntimeError where parameters received no gradient in the backward before.
+        """
         self._synchronize = synchronize
         # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
-        if _running_backward() == _NO_BACKWARD:
-            self._settle()
+        if _running_backward() != _NO_BACKWARD:
+            return
+        self._settle()
+        if synchronize:
+            complaint, self._complaint = self._complaint, None
+            if complaint is not None:
+                raise RuntimeError(complaint)
+            self._follow_trainable()
 
     def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
         """Average the backward that reaches these outputs, or do not, whatever runs in between.
@@ -188,48 +155,89 @@ class Reducer:
 
     def release(self) -> None:
         """Let go of buckets whose gradients have all been set to None."""
-        for bucket in self._buckets:
-            travels = bucket.work is not None
-            if not travels and all(self._parameters[i].grad is None for i in bucket.members):
-                bucket.flat = None
-                bucket.stats = None
+        if not self._is_averaging():
+            for buffer in self._buffers:
+                if not buffer.has_gradients():
+                    buffer.release()
+
+    def register_comm_hook(self, hook: CommHook) -> None:
+        """Let `hook` reduce the buckets from now on. Raises RuntimeError where there is one."""
+        if self._comm_hook is not None:
+            raise RuntimeError(
+                "a model has one communication hook, registered once; this one has another; "
+                "wrap the model again to change it"
+            )
+        self._comm_hook = hook
+
+    def shadow(self) -> None:
+        """Take part in one averaged backward of the other ranks, with nothing to contribute."""
+        self._settle()
+        self._follow_trainable()
+        self._follow_order()
+        self._complete_empty()
 
     def bucket_tensors(self) -> list[Tensor]:
         """The flat buffers that exist now."""
-        return [bucket.flat for bucket in self._buckets if bucket.flat is not None]
+        return [buffer.flat for buffer in self._buffers if buffer.flat is not None]
 
     def gradients(self) -> list[Tensor]:
         """Every gradient once, flat: a whole bucket where all its gradients are still its views."""
-        tensors: list[Tensor] = []
-        for bucket in self._buckets:
-            if self._is_exposed(bucket):
-                assert bucket.flat is not None
-                tensors.append(bucket.flat)
-            else:
-                tensors.extend(self._loose_gradients(bucket))
-        return tensors
+        return [gradient for buffer in self._buffers for gradient in buffer.gradients()]
 
     def stats(self) -> list[GradStats]:
-        """Sums of squares and finite flags that together cover `gradients()`.
-
-        The epilogue's, read while the bucket was warm, as long as nobody wrote to a gradient
-        since; read again otherwise.
-        """
-        result: list[GradStats] = []
-        for bucket in self._buckets:
-            flat = bucket.flat
-            if flat is not None and self._is_exposed(bucket):
-                if bucket.stats is None or flat._version != bucket.stats_version:
-                    self._take_stats(bucket)
-                assert bucket.stats is not None
-                result.append(bucket.stats)
-            elif gradients := self._loose_gradients(bucket):
-                result.append(grad_stats(gradients))
-        return result
+        """Sums of squares and finite flags that together cover `gradients()`."""
+        return [stats for buffer in self._buffers for stats in buffer.stats()]
 
     def retire(self) -> None:
         """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
         self._synchronize = False
+
+    def _follow_trainable(self) -> None:
+        """Plan for the parameters that require a gradient now, where these are others than before.
+
+        A plan depends on nothing else, so ranks that freeze alike plan alike.
+        """
+        trainable = tuple(i for i, p in enumerate(self._parameters) if p.requires_grad)
+        if trainable == self._trainable and hasattr(self, "plan"):
+            return
+        self._trainable = trainable
+        for index in trainable:
+            if index not in self._handles:
+                hook = _hook(weakref.ref(self), index)
+                parameter = self._parameters[index]
+                self._handles[index] = parameter.register_post_accumulate_grad_hook(hook)
+        # How often a gradient is accumulated in one backward, as a static graph has it.
+        self._expected: dict[int, int] | None = None
+        # Of a static graph: which parameters receive a gradient on some rank.
+        self._used_somewhere: frozenset[int] | None = None
+        # The order in which the first backward brings gradients; None once the ranks agreed on one,
+        # which holds from the next averaged backward on.
+        self._seen: list[int] | None = []
+        self._next_order: list[int] | None = None
+        self._plan(order=None)
+
+    def _plan(self, order: Sequence[int] | None) -> None:
+        """Lay the buckets out; `order` counts among the trainable parameters."""
+        trainable = [self._parameters[i] for i in self._trainable]
+        self.plan = BucketPlan.build(
+            [size_and_dtype(parameter) for parameter in trainable],
+            capacities_bytes=self._options.capacities_bytes,
+            order=order,
+            alone=[place for place, i in enumerate(self._trainable) if i in self._sparse],
+        )
+        self._buffers: list[BucketBuffer] = []
+        self._members: list[list[int]] = []
+        self._bucket_of: dict[int, int] = {}
+        for number, bucket in enumerate(self.plan.buckets):
+            indices = [self._trainable[slot.parameter] for slot in bucket.slots]
+            parameters = [self._parameters[i] for i in indices]
+            if indices[0] in self._sparse:
+                self._buffers.append(SparseBuffer(bucket, parameters))
+            else:
+                self._buffers.append(BucketBuffer(bucket, parameters, self._options.wire_dtype))
+            self._members.append(indices)
+            self._bucket_of.update(dict.fromkeys(indices, number))
+        self._reset()
 
     def _is_averaging(self) -> bool:
         """True from the start of an averaged backward until it ends, well or not."""
@@ -242,6 +250,7 @@ class Reducer:
         """
         if not self._is_averaging():
             self._settle()
+            self._follow_order()
             end = _AtTheEnd(self._finish)
             self._end = weakref.ref(end)
             torch.autograd.Variable._execution_engine.queue_callback(end)
@@ -258,135 +267,192 @@ class Reducer:
         if self._end is None:
             return
         assert not self._is_averaging()
-        for bucket in self._buckets[self._next :]:
-            like = self._parameters[bucket.members[0]]
-            zeros = torch.zeros(bucket.plan.numel, dtype=like.dtype, device=like.device)
-            bucket.work = dist.all_reduce(zeros, group=self._group, async_op=True)
-        for bucket in self._buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
-        self._reset()
+        self._complete_empty()
+
+    def _complete_empty(self) -> None:
+        """All that is left of an averaged backward, with nothing to contribute nor to receive."""
+        with torch.no_grad():
+            for buffer in self._buffers[self._next :]:
+                self._travel(buffer, buffer.pack_zeros())
+            for number, buffer in enumerate(self._buffers):
+                self._await(number)
+                buffer.release()
+            self._reset()
+            self._agree_on_unused(list(self._trainable))
+            self._agree_on_order()
 
     def _reset(self) -> None:
         self._end = None
         self._next = 0
-        self._arrived = [False] * len(self._parameters)
-        for bucket in self._buckets:
-            bucket.waiting = len(bucket.members)
-            bucket.work = None
+        self._arrivals = dict.fromkeys(self._trainable, 0)
+        self._waiting = [len(members) for members in self._members]
+        self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
     def _on_gradient(self, index: int) -> None:
+        if index not in self._arrivals:
+            return  # frozen when the forward ran
         if not self._is_averaging():
             if not self._synchronize or _running_backward() == self._local_backward:
                 return
             self._begin()
-        if self._arrived[index]:
+        self._arrivals[index] += 1
+        if torch.is_grad_enabled() and not self._warned:
+            self._warned = True
+            warnings.warn(_NO_GRAPH, stacklevel=2)
+        if self._options.static_graph:
+            if self._expected is None:
+                if self._arrivals[index] == 1 and self._seen is not None:
+                    self._seen.append(index)
+                return  # the first backward shows how often each arrives
+            if self._arrivals[index] < self._expected.get(index, 1):
+                return
+        if self._arrivals[index] > (self._expected or {}).get(index, 1):
             raise RuntimeError(
                 "each parameter's gradient must be accumulated once in a backward; that of "
                 f"{self._names[index]!r} arrived twice, as it does when a module runs in two "
                 "reentrant checkpoints, or in one and outside it; use "
-                "checkpoint(..., use_reentrant=False)"
+                "checkpoint(..., use_reentrant=False), or static_graph=True where every backward "
+                "does the same"
             )
-        self._arrived[index] = True
-        self._bucket_of[index].waiting -= 1
-        while self._next < len(self._buckets) and self._buckets[self._next].waiting == 0:
-            self._launch(self._buckets[self._next])
-            self._next += 1
+        if self._seen is not None:
+            self._seen.append(index)
+        self._waiting[self._bucket_of[index]] -= 1
+        while self._next < len(self._buffers) and self._waiting[self._next] == 0:
+            self._launch()
 
-    def _launch(self, bucket: _BucketState) -> None:
-        """Pack one bucket and start its all-reduce; absent gradients count as zeros."""
-        present = [i for i in bucket.members if self._parameters[i].grad is not None]
-        bucket.present = present
-        first = self._parameters[bucket.members[0]]
-        if bucket.flat is None:
-            bucket.flat = torch.empty(bucket.plan.numel, dtype=first.dtype, device=first.device)
-            # The padding travels too, and stats read the whole buffer.
-            for start, end in bucket.plan.gaps:
-                bucket.flat[start:end].zero_()
-        for slot in bucket.plan.slots:
-            if self._parameters[slot.parameter].grad is None:
-                bucket.flat[slot.offset : slot.offset + slot.numel].zero_()
-        gradients = [
-            flatten_dense(dense_gradient(self._parameters[i]), self._strides[i]) for i in present
-        ]
-        offsets = tuple(self._offset_of[i] for i in present)
-        if bucket.pack_plan is None or bucket.pack_plan.offsets != offsets:
-            bucket.pack_plan = PackPlan(
-                [gradient.numel() for gradient in gradients],
-                [gradient.dtype for gradient in gradients],
-                offsets,
-                bucket.flat.device,
+    def _launch(self) -> None:
+        """Pack the next bucket and start its all-reduce."""
+        with torch.no_grad():
+            buffer = self._buffers[self._next]
+            self._travel(buffer, buffer.pack(1.0 if self._comm_hook is not None else self.scale))
+
+    def _travel(self, buffer: BucketBuffer, tensor: Tensor) -> None:
+        number, self._next = self._next, self._next + 1
+        if self._comm_hook is None:
+            self._works.append(dist.all_reduce(tensor, group=self._group, async_op=True))
+            return
+        bucket = GradBucket(number, tensor, buffer.members, number + 1 == len(self._buffers))
+        self._works.append(self._comm_hook(bucket))
+
+    def _await(self, number: int) -> Tensor | None:
+        """Wait for a bucket; what a communication hook made of it."""
+        work = self._works[number]
+        if isinstance(work, dist.Work):
+            work.wait()
+            return None
+        reduced = work.wait()
+        if not isinstance(reduced, Tensor):
+            raise TypeError(
+                "a communication hook's future must hold the reduced tensor; received "
+                f"{type(reduced).__name__}; for a list as Work.get_future() gives it, add "
+                ".then(lambda future: future.value()[0])"
             )
-        bucket_pack(bucket.pack_plan, gradients, bucket.flat, scale=1.0 / self._world_size)
-        for i in present:
-            self._parameters[i].grad = None
-        bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+        return reduced
 
     def _finish(self) -> None:
         """End of backward: launch what is left, await everything, give the gradients back."""
-        if not any(self._arrived):
+        if not any(self._arrivals.values()):
             # It went through the outputs to the inputs alone.
             self._reset()
             return
-        missing = [
-            i
-            for i, arrived in enumerate(self._arrived)
-            if not arrived and self._parameters[i].grad is None
-        ]
-        # Whatever is missing here: the other ranks wait in these collectives.
-        while self._next < len(self._buckets):
-            self._launch(self._buckets[self._next])
-            self._next += 1
-        for bucket in self._buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
-        self._reset()
-        if missing and not self._find_unused:
-            names = ", ".join(repr(self._names[i]) for i in missing[:8])
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise RuntimeError(
-                "every parameter that requires a gradient must receive one in each synchronized "
-                f"backward; {len(missing)} received none: {names}{more}; freeze them before "
-                "wrapping, use them in the loss, or pass find_unused_parameters=True"
-            )
-        for bucket in self._buckets:
-            for i in bucket.present:
-                self._parameters[i].grad = self._view(bucket, i)
-            if self.collect_stats:
-                self._take_stats(bucket)
-        if self._find_unused:
-            self._expose_remote(missing)
+        with torch.no_grad():
+            missing = [
+                i
+                for i, times in self._arrivals.items()
+                if times == 0 and self._parameters[i].grad is None
+            ]
+            self._check_static()
+            # Whatever is missing here: the other ranks wait in these collectives.
+            while self._next < len(self._buffers):
+                self._launch()
+            for number, buffer in enumerate(self._buffers):
+                buffer.arrive(self._await(number), take_stats=self.collect_stats)
+            self._reset()
+            for buffer in self._buffers:
+                buffer.expose(as_views=self._options.as_views)
+            self._expose_missing(missing)
+            self._agree_on_order()
+            if not self._options.as_views:
+                for buffer in self._buffers:
+                    buffer.release()
 
-    def _expose_remote(self, missing: list[int]) -> None:
-        """Give parameters unused here, but used on another rank, the gradient of that rank."""
-        if not self._parameters:
+    def _check_static(self) -> None:
+        if not self._options.static_graph:
             return
-        used = torch.ones(
-            len(self._parameters), dtype=torch.int32, device=self._parameters[0].device
-        )
-        used[missing] = 0
-        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._group)
-        for index, is_used in enumerate(used.tolist()):
-            if is_used and self._parameters[index].grad is None:
-                self._parameters[index].grad = self._view(self._bucket_of[index], index)
+        if self._expected is None:
+            self._expected = dict(self._arrivals)
+            return
+        changed = [i for i, times in self._arrivals.items() if times != self._expected[i]]
+        if changed:
+            self._complaint = (
+                "with static_graph=True every backward must bring the same gradients, equally "
+                f"often; others than in the first one came for {self._list(changed)}; leave "
+                "static_graph out"
+            )
 
-    def _take_stats(self, bucket: _BucketState) -> None:
-        assert bucket.flat is not None
-        bucket.stats = grad_stats([bucket.flat])
-        bucket.stats_version = bucket.flat._version
+    def _expose_missing(self, missing: list[int]) -> None:
+        """Parameters without a gradient here: give them that of the other ranks, if there is one.
 
-    def _view(self, bucket: _BucketState, index: int) -> Tensor:
-        assert bucket.flat is not None
-        shape = self._parameters[index].shape
-        return bucket.flat.as_strided(shape, self._strides[index], self._offset_of[index])
+        Whatever was asked for, no rank goes on with another average than the others.
+        """
+        remote = self._agree_on_unused(missing)
+        for index in remote:
+            buffer = self._buffers[self._bucket_of[index]]
+            members = [m for m in buffer.members if m.parameter is self._parameters[index]]
+            buffer.expose(members, as_views=self._options.as_views)
+        if missing and not self._may_be_unused():
+            self._complaint = (
+                "every parameter that requires a gradient must receive one in each synchronized "
+                f"backward; {len(missing)} did not receive grad: {self._list(missing)}; freeze "
+                "them, use them in the loss, or pass find_unused_parameters=True"
+            )
 
-    def _is_exposed(self, bucket: _BucketState) -> bool:
-        """True where every member's gradient is still the bucket's own view of it."""
-        return bucket.flat is not None and all(
-            (gradient := self._parameters[i].grad) is not None and gradient._base is bucket.flat
-            for i in bucket.members
-        )
+    def _may_be_unused(self) -> bool:
+        return self._options.find_unused or self._options.static_graph
 
-    def _loose_gradients(self, bucket: _BucketState) -> list[Tensor]:
-        members = [self._parameters[i] for i in bucket.members]
-        return [writable_gradient(p) for p in members if p.grad is not None]
+    def _agree_on_unused(self, missing: list[int]) -> list[int]:
+        """Which of `missing` received a gradient on another rank, or may have."""
+        if not self._may_be_unused():
+            return missing
+        if self._used_somewhere is not None:
+            return [i for i in missing if i in self._used_somewhere]
+        with torch.profiler.record_function("search_unused_parameters"):
+            used = torch.tensor(
+                [i not in missing for i in self._trainable],
+                dtype=torch.int32,
+                device=self._parameters[0].device,
+            )
+            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._group)
+        # Reading it is a wait for the device.
+        if not missing and not self._options.static_graph:
+            return []
+        flags = zip(self._trainable, used.tolist(), strict=True)
+        somewhere = frozenset(i for i, is_used in flags if is_used)
+        if self._options.static_graph:
+            self._used_somewhere = somewhere
+        return [i for i in missing if i in somewhere]
+
+    def _agree_on_order(self) -> None:
+        """After the first backward: the order in which rank 0 saw its gradients."""
+        if self._seen is None:
+            return
+        rest = [i for i in reversed(self._trainable) if i not in self._seen]
+        place = {index: place for place, index in enumerate(self._trainable)}
+        order = [place[index] for index in [*self._seen, *rest]]
+        first = dist.get_global_rank(self._group, 0)
+        received = [order]
+        dist.broadcast_object_list(received, first, group=self._group)
+        self._seen = None
+        self._next_order = received[0]
+
+    def _follow_order(self) -> None:
+        """Lay the buckets out as agreed after the first backward."""
+        if self._next_order is not None:
+            order, self._next_order = self._next_order, None
+            self._plan(order)
+
+    def _list(self, indices: Sequence[int]) -> str:
+        """Names, with their numbers among the parameters that require a gradient."""
+        place = {index: place for place, index in enumerate(self._trainable)}
+        shown = ", ".join(f"{self._names[i]!r} (number {place[i]})" for i in indices[:32])
+        return shown + (f" and {len(indices) - 32} more" if len(indices) > 32 else "")

@@ -1,26 +1,34 @@
 """`wrap`, and DataParallel: the module that users hold."""
 
 import os
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpmem.activations.policy import Policy
 from dpmem.activations.store import ActivationStore
 from dpmem.config import Activations, Offload, Precision, Shard, WrapConfig
+from dpmem.join import Shadow, active_ranks, any_synchronizes
+from dpmem.local_gradients import LocalGradients
 from dpmem.precision import GradientClip, autocast, check_clippable, upcast_outputs
-from dpmem.reducer import LocalGradients, Reducer
+from dpmem.reducer import Reducer, ReducerOptions
+from dpmem.replicas import broadcast, check_ranks_agree, highest_rank, maximum
+from dpmem.state_dict import register_plain_keys
 from dpmem_profiling import Category
 
-# DistributedDataParallel's default bucket.
+# DistributedDataParallel's: the first bucket is small, so that the first collective starts early.
+_FIRST_BUCKET_BYTES = 1 << 20
 _BUCKET_CAPACITY_MIB = 25.0
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def wrap(
@@ -33,6 +41,7 @@ def wrap(
     shard: Shard = "none",
     offload: Offload = "none",
     process_group: dist.ProcessGroup | None = None,
+    wire_dtype: torch.dtype | None = None,
 ) -> "tuple[DataParallel, torch.optim.Optimizer | None]":
     """Make `model` data parallel and small; the training loop does not change.
 
@@ -48,6 +57,8 @@ def wrap(
     process_group  ranks to average over; default: all. Under torchrun the default group is
                    initialised here if it is not yet (nccl for a model on CUDA, gloo otherwise);
                    without torchrun and without a group, world size is 1.
+    wire_dtype     what gradients travel as: torch.bfloat16 halves float32's traffic, and their sum
+                   is rounded; None: as they are
 
     Returns the wrapped model and the same optimizer, hooked.
 
@@ -73,7 +84,7 @@ def wrap(
         check_clippable(optimizer, model)
     if process_group is None:
         _initialise_from_torchrun(model)
-    wrapped = DataParallel(model, process_group=process_group)
+    wrapped = DataParallel(model, process_group=process_group, wire_dtype=wire_dtype)
     wrapped.configure(config, optimizer)
     return wrapped, optimizer
 
@@ -104,23 +115,32 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
     return ActivationStore(model, resolved, seed=seed)
 
 
-class DataParallel(nn.Module):
-    """Data parallelism over a process group, with DistributedDataParallel's constructor.
+class DataParallel(nn.Module, Joinable):
+    """Data parallelism over a process group; stands in for DistributedDataParallel.
 
     module                       the model; its attributes stay reachable as `.module`
-    device_ids, output_device    at most one device, the module's own: accepted for compatibility
+    device_ids, output_device    at most one device, the module's own; with device_ids, tensors
+                                 among the inputs are moved there
     dim                          0: the outputs of one device are not gathered
-    broadcast_buffers            rank 0's buffers reach all ranks at each synchronized forward that
-                                 is differentiated, in training and in evaluation mode
+    broadcast_buffers            torch's older name of forward_sync_buffers
     init_sync                    parameters and buffers are broadcast from rank 0 now
     process_group                default: the default group; world size 1 where there is none
     bucket_cap_mb                MiB of a bucket (25)
-    find_unused_parameters       parameters that took no part in a backward count as zeros;
-                                 without it, several ranks raise an error that names those
-                                 whose gradient is None
+    find_unused_parameters       parameters that received no gradient in a backward on this rank
+                                 get the others' average, and stay as they are where no rank had one
     check_reduction              no effect, there as here
-    gradient_as_bucket_view      True: gradients are always views of the buckets
-    static_graph                 False: this version has no such mode
+    gradient_as_bucket_view      True: gradients are views of the buckets; False: tensors of their
+                                 own, which takes their size more for a moment
+    static_graph                 every backward brings the same gradients, equally often: then some
+                                 may stay without at no cost, and reentrant checkpoints may run a
+                                 module several times
+    device_mesh                  one-dimensional, instead of a process_group
+    bucket_cap_mb_list           MiB of the first bucket, the second, ...; the last holds for the
+                                 rest
+    batched_grad_copy            no effect: a bucket is always filled by one launch
+    forward_sync_buffers         rank 0's buffers reach all ranks at each synchronized forward that
+                                 is differentiated, in training and in evaluation mode (True)
+    wire_dtype                   what gradients travel as; None: as they are
 
     Gradients are averaged, exposed as views of the buckets when the backward ends, and their
     memory is released at the first forward after they are set to None. Whoever holds on to a
@@ -134,15 +154,24 @@ class DataParallel(nn.Module):
     None, and go on. Where some ranks raised, in forward or in backward, stop all: this version does
     not see that the others went on with another average.
 
-    State dicts have the module's own keys, without `module.`; both forms load.
+    Parameters may be frozen and unfrozen between steps, on all ranks alike. One that should have
+    received a gradient and did not is named in an error at the next forward, as in
+    DistributedDataParallel; until then all ranks hold the same averages.
 
-    Not there in this version, unlike in DistributedDataParallel: `join`, `register_comm_hook`.
+    State dicts have the module's own keys, without `module.`; both forms load. Pickled and copied
+    wrappers join the default group; `wrap`'s max_grad_norm, which belongs to an optimizer, is not
+    copied.
 
-    Raises ValueError for a module on several devices, for devices that are not the module's, for
-    a module without gradients and for arguments with a value other than those above, TypeError for
-    parameters that several ranks cannot reduce, RuntimeError where ranks hold different models
-    and, at a forward, where a parameter was unfrozen since.
+    Raises ValueError for a module on several devices, for devices that are not the module's and
+    for arguments that are not honoured, RuntimeError where no parameter requires a gradient or
+    ranks hold different models.
+
+    Source: torch/nn/parallel/distributed.py for what arguments and methods mean.
     """
+
+    _gradients: LocalGradients | Reducer
+    _store: ActivationStore | None
+    _clip: GradientClip | None
 
     def __init__(
         self,
@@ -150,7 +179,7 @@ class DataParallel(nn.Module):
         device_ids: Sequence[int | torch.device] | None = None,
         output_device: int | torch.device | None = None,
         dim: int = 0,
-        broadcast_buffers: bool = True,
+        broadcast_buffers: bool | None = None,
         init_sync: bool = True,
         process_group: dist.ProcessGroup | None = None,
         bucket_cap_mb: float | None = None,
@@ -158,65 +187,69 @@ class DataParallel(nn.Module):
         check_reduction: bool = False,
         gradient_as_bucket_view: bool = True,
         static_graph: bool = False,
+        delay_all_reduce_named_params: object = None,
+        param_to_hook_all_reduce: object = None,
+        mixed_precision: object = None,
+        device_mesh: Any = None,
+        skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: Sequence[float] | None = None,
+        batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None,
+        *,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        Joinable.__init__(self)
         _refuse("dim", dim, 0, "one process drives one device, so nothing is gathered")
+        at_once = "a gradient travels with its bucket"
+        _refuse("delay_all_reduce_named_params", delay_all_reduce_named_params, None, at_once)
+        _refuse("param_to_hook_all_reduce", param_to_hook_all_reduce, None, at_once)
+        _refuse("mixed_precision", mixed_precision, None, "use dpmem.wrap(..., precision='bf16')")
         _refuse(
-            "gradient_as_bucket_view",
-            gradient_as_bucket_view,
-            True,
-            "gradients of their own would take the memory that dpmem is there to save",
+            "skip_all_reduce_unused_params",
+            skip_all_reduce_unused_params,
+            False,
+            "buckets travel before it is known what is unused everywhere",
         )
-        _refuse("static_graph", static_graph, False, "this version learns nothing from a graph")
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        if not named:
-            raise ValueError(
-                "DataParallel averages gradients, so the module must have a parameter that "
-                "requires one; received none; use the module as it is"
+        if broadcast_buffers is not None:
+            warnings.warn(
+                "broadcast_buffers is torch's older name; pass forward_sync_buffers instead",
+                FutureWarning,
+                stacklevel=2,
             )
-        devices = sorted({str(parameter.device) for _, parameter in named})
-        if len(devices) > 1:
-            raise ValueError(
-                f"a wrapped module must live on one device; received {', '.join(devices)}; "
-                "move it to one of them"
-            )
+            if forward_sync_buffers is None:
+                forward_sync_buffers = broadcast_buffers
+        self.forward_sync_buffers = forward_sync_buffers is not False
+        self.parameters_to_ignore = set(getattr(module, _IGNORED, ()))
         self.module = module
-        self._device = named[0][1].device
-        for device in (*(device_ids or ()), *(() if output_device is None else (output_device,))):
-            self._check_device(device)
-        if device_ids is not None and len(device_ids) > 1:
-            raise ValueError(
-                f"one process drives one device; received device_ids={list(device_ids)}; "
-                "start one process a device with torchrun"
-            )
-        self._group = process_group
-        if process_group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.group.WORLD
-        world_size = 1 if self._group is None else dist.get_world_size(self._group)
-        self._rank = 0 if self._group is None else dist.get_rank(self._group)
-        self._synchronize = True
-        self._named = named
-        self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        self.device = self._check_parameters()
+        self._check_devices(device_ids, output_device)
+        self.device_ids = None if device_ids is None else list(device_ids)
+        self.device_mesh = device_mesh
+        self.process_group = _group_of(process_group, device_mesh)
+        self.require_backward_grad_sync = True
+        # As DistributedDataParallel has it, for callers of torch's _sync_module_states.
+        self.broadcast_bucket_size = 250 * 2**20
+        self.bucket_bytes_cap_list = [int(mib * 2**20) for mib in bucket_cap_mb_list or ()]
+        capacity_bytes = int((bucket_cap_mb or _BUCKET_CAPACITY_MIB) * 2**20)
+        capacities = (min(_FIRST_BUCKET_BYTES, capacity_bytes), capacity_bytes)
+        self._options = ReducerOptions(
+            tuple(self.bucket_bytes_cap_list) or capacities,
+            find_unused_parameters,
+            static_graph,
+            gradient_as_bucket_view,
+            wire_dtype,
+        )
         self._config = WrapConfig()
-        self._store: ActivationStore | None = None
-        self._clip: GradientClip | None = None
-        self._gradients: LocalGradients | Reducer
-        self._broadcast = broadcast_buffers and world_size > 1
-        if world_size == 1 or self._group is None:
-            self._gradients = LocalGradients(named)
-        else:
-            self._check_ranks_agree(self._group)
-            if init_sync:
-                self._broadcast_from_first((*module.parameters(), *module.buffers()))
-            self._gradients = Reducer(
-                named,
-                self._group,
-                bucket_capacity_bytes=int((bucket_cap_mb or _BUCKET_CAPACITY_MIB) * 2**20),
-                find_unused_parameters=find_unused_parameters,
-            )
-            weakref.finalize(self, self._gradients.retire).atexit = False
-        self.register_state_dict_post_hook(_drop_prefix)
-        self.register_load_state_dict_pre_hook(_add_prefix)
+        self._connect(init_sync=init_sync)
+        register_plain_keys(self)
+
+    @staticmethod
+    def _set_params_and_buffers_to_ignore_for_model(
+        module: nn.Module, params_and_buffers_to_ignore: Iterable[str]
+    ) -> None:
+        """Leave these, by name, alone. DistributedDataParallel's, on which other libraries call."""
+        module.__dict__[_IGNORED] = list(params_and_buffers_to_ignore)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -229,100 +262,277 @@ class DataParallel(nn.Module):
     def configure(self, config: WrapConfig, optimizer: torch.optim.Optimizer | None) -> None:
         """Apply `wrap`'s options. Called once, by `wrap`."""
         self._config = config
-        if config.policy is not None:
-            seed = torch.initial_seed()
-            agree = None if self._group is None else partial(_maximum, self._group, self._device)
-            self._store = ActivationStore(
-                self.module, config.policy, seed=seed, rank=self._rank, agree=agree
-            )
+        self._open_store()
         if config.max_grad_norm is not None:
             assert optimizer is not None
-            self._clip = GradientClip(optimizer, self._gradients, config.max_grad_norm)
+            self._clip = GradientClip(optimizer, self.module, self._gradients, config.max_grad_norm)
             if isinstance(self._gradients, Reducer):
                 self._gradients.collect_stats = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under the configured precision and activation storage."""
+        differentiated = torch.is_grad_enabled()
+        synchronize = differentiated and self.require_backward_grad_sync
         self._gradients.release()
-        saving: ActivationStore | None = None
-        if torch.is_grad_enabled():
-            self._check_still_frozen()
-            self._gradients.prepare(synchronize=self._synchronize)
-            if self._broadcast and self._synchronize:
-                self._broadcast_from_first(tuple(self.module.buffers()))
-            saving = self._store
-        with autocast(self._config.precision, self._device), saving or nullcontext():
+        if self._join_config.enable:
+            self._announce(synchronize)
+        if differentiated:
+            self._gradients.prepare(synchronize=synchronize)
+        if synchronize:
+            self._sync_buffers()
+        if self.device_ids:
+            args, kwargs = tree_map_only(Tensor, self._to_device, (args, kwargs))
+        saving = self._store if differentiated else None
+        with autocast(self._config.precision, self.device), saving or nullcontext():
             outputs = self.module(*args, **kwargs)
         if self._config.precision == "bf16":
             outputs = upcast_outputs(outputs)
-        if torch.is_grad_enabled():
+        if differentiated:
             tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
-            self._gradients.follow(tensors, synchronize=self._synchronize)
+            self._gradients.follow(tensors, synchronize=synchronize)
         return outputs
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Forwards inside accumulate gradients locally; the next one outside averages them all."""
-        before = self._synchronize
-        self._synchronize = False
+        before = self.require_backward_grad_sync
+        self.require_backward_grad_sync = False
         try:
             yield
         finally:
-            self._synchronize = before
+            self.require_backward_grad_sync = before
+
+    def register_comm_hook(
+        self, state: object, hook: Callable[[Any, Any], torch.futures.Future[Tensor]]
+    ) -> None:
+        """Let `hook(state, bucket)` reduce each bucket of gradients, and divide it.
+
+        `bucket` is a `dpmem.GradBucket`, with the methods of torch.distributed.GradBucket, so
+        torch's own hooks (torch.distributed.algorithms.ddp_comm_hooks) work. The future that `hook`
+        returns holds the reduced tensor.
+
+        Raises RuntimeError for a second hook, and where there is no process group.
+        """
+        if isinstance(self._gradients, LocalGradients):
+            raise RuntimeError(  # noqa: TRY004 - the ranks are wrong, not the argument
+                "a communication hook reduces gradients over ranks; received one for a model that "
+                "one rank trains alone; start several ranks, or leave the hook out"
+            )
+        self._gradients.register_comm_hook(partial(hook, state))
+
+    def join(
+        self,
+        divide_by_initial_world_size: bool = True,
+        enable: bool = True,
+        throw_on_early_termination: bool = False,
+    ) -> AbstractContextManager[Any]:
+        """A context for a training loop in which ranks may run out of inputs before others.
+
+        A rank that has left the loop takes part in the averages of the others with zeros, until
+        all have, and takes the model of the last. Inside, every forward outside `no_sync` that is
+        differentiated needs one backward.
+
+        divide_by_initial_world_size  divide by all ranks, so that every sample counts the same;
+                                      False: by those that still have inputs, which waits for the
+                                      device once a step
+        throw_on_early_termination    raise RuntimeError on all ranks when the first has run out
+        """
+        if self.process_group is None:
+            return nullcontext()
+        return Join(
+            [self],
+            enable,
+            throw_on_early_termination,
+            divide_by_initial_world_size=divide_by_initial_world_size,
+        )
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """For torch.distributed.algorithms.join.Join."""
+        self._divide_by_initial_world_size = kwargs.get("divide_by_initial_world_size", True)
+        return Shadow(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """For torch.distributed.algorithms.join.Join."""
+        return self.device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup | None:
+        """For torch.distributed.algorithms.join.Join."""
+        return self.process_group
+
+    def shadow_step(self) -> None:
+        """Match the collectives of one forward and backward of ranks that still have inputs."""
+        assert self.process_group is not None
+        if not any_synchronizes(self.process_group, self.device, mine=False):
+            return
+        self._sync_buffers(joined=True)
+        if isinstance(self._gradients, Reducer):
+            self._gradients.shadow()
+
+    def take_final_model(self, *, is_last: bool) -> None:
+        """Take parameters and buffers of the rank that ran out of inputs last."""
+        assert self.process_group is not None
+        source = highest_rank(self.process_group, self.device, among=is_last)
+        broadcast(self._replicated(buffers=self.forward_sync_buffers), self.process_group, source)
 
     def owned_tensors(self) -> dict[Category, list[Tensor]]:
         """The memory dpmem itself holds now, by category: buckets and compressed activations."""
         compressed = [] if self._store is None else self._store.compressed_tensors()
         return {"bucket": self._gradients.bucket_tensors(), "compressed": compressed}
 
-    def _check_still_frozen(self) -> None:
-        unfrozen = next((name for name, p in self._frozen if p.requires_grad), None)
-        if unfrozen is not None:
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group not in (None, dist.group.WORLD):
             raise RuntimeError(
-                "parameters that are to be averaged and clipped must require a gradient when the "
-                f"model is wrapped; {unfrozen!r} was unfrozen since; wrap the model again"
+                "a wrapper is pickled or copied only where it averages over all ranks; this one "
+                "has a process group of its own, which cannot be pickled; pickle its .module"
             )
+        state = self.__dict__.copy()
+        for name in ("process_group", "_gradients", "_store", "_clip"):
+            del state[name]
+        return state
 
-    def _check_device(self, device: int | torch.device) -> None:
-        wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if wanted != self._device:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.process_group = _group_of(None, None)
+        self._connect(init_sync=False)
+        self._open_store()
+
+    def _connect(self, *, init_sync: bool) -> None:
+        """Everything that needs the ranks: agreement, a common start, the reducer."""
+        self._store = None
+        self._clip = None
+        self._divide_by_initial_world_size = True
+        named = self._named_parameters()
+        if self.process_group is None or dist.get_world_size(self.process_group) == 1:
+            self._gradients = LocalGradients(named)
+            return
+        check_ranks_agree(named, self.process_group)
+        if init_sync:
+            broadcast(self._replicated(buffers=True), self.process_group)
+        sparse = _sparse_weights(self.module)
+        self._gradients = Reducer(
+            named,
+            self.process_group,
+            self._options,
+            sparse=[i for i, (_, parameter) in enumerate(named) if id(parameter) in sparse],
+        )
+        weakref.finalize(self, self._gradients.retire).atexit = False
+
+    def _open_store(self) -> None:
+        if self._config.policy is None:
+            return
+        agree, rank = None, 0
+        if self.process_group is not None:
+            agree = partial(maximum, self.process_group, self.device)
+            rank = dist.get_rank(self.process_group)
+        seed = torch.initial_seed()
+        self._store = ActivationStore(
+            self.module, self._config.policy, seed=seed, rank=rank, agree=agree
+        )
+
+    def _announce(self, synchronize: bool) -> None:
+        """Inside join: tell ranks without inputs what this forward brings."""
+        assert self.process_group is not None
+        work = Join.notify_join_context(self)
+        any_synchronizes(self.process_group, self.device, mine=synchronize)
+        if isinstance(self._gradients, Reducer):
+            contributing = dist.get_world_size(self.process_group)
+            if work is not None and not self._divide_by_initial_world_size:
+                contributing = active_ranks(work)
+            self._gradients.scale = 1.0 / contributing
+
+    def _sync_buffers(self, *, joined: bool = False) -> None:
+        if not self.forward_sync_buffers or isinstance(self._gradients, LocalGradients):
+            return
+        assert self.process_group is not None
+        buffers = self._named_buffers()
+        source = 0
+        if self._join_config.enable:
+            source = highest_rank(self.process_group, self.device, among=not joined)
+        broadcast([buffer for _, buffer in buffers], self.process_group, source)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        ignored = self.parameters_to_ignore
+        return [(n, p) for n, p in self.module.named_parameters() if n not in ignored]
+
+    def _named_buffers(self) -> list[tuple[str, Tensor]]:
+        ignored = self.parameters_to_ignore
+        return [(n, b) for n, b in self.module.named_buffers() if n not in ignored]
+
+    def _replicated(self, *, buffers: bool) -> list[Tensor]:
+        tensors: list[Tensor] = [parameter for _, parameter in self._named_parameters()]
+        return tensors + [buffer for _, buffer in self._named_buffers() if buffers]
+
+    def _check_parameters(self) -> torch.device:
+        """The device of the parameters that require a gradient."""
+        trainable = [p for _, p in self._named_parameters() if p.requires_grad]
+        if not trainable:
+            raise RuntimeError(
+                "DataParallel averages gradients, so the module must have a parameter that "
+                "requires one; received none; use the module as it is"
+            )
+        devices = sorted({str(parameter.device) for parameter in trainable})
+        if len(devices) > 1:
             raise ValueError(
-                f"device_ids and output_device must name the module's device {self._device}; "
-                f"received {wanted}; move the module there first, or leave them out"
+                f"a wrapped module must live on one device; received {', '.join(devices)}; "
+                "move it to one of them"
             )
+        return trainable[0].device
 
-    def _check_ranks_agree(self, group: dist.ProcessGroup) -> None:
-        mine = [(name, tuple(p.shape), str(p.dtype), p.stride()) for name, p in self._named]
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
-        for rank, theirs in enumerate(everyone):
-            if theirs == everyone[0]:
-                continue
-            different = next(
-                (pair for pair in zip(everyone[0], theirs, strict=False) if pair[0] != pair[1]),
-                (f"{len(everyone[0])} parameters", f"{len(theirs)} parameters"),
+    def _check_devices(
+        self,
+        device_ids: Sequence[int | torch.device] | None,
+        output_device: int | torch.device | None,
+    ) -> None:
+        for device in (*(device_ids or ()), *(() if output_device is None else (output_device,))):
+            of_number = isinstance(device, int)
+            wanted = torch.device("cuda", device) if of_number else torch.device(device)
+            if wanted != self.device:
+                raise ValueError(
+                    f"device_ids and output_device must name the module's device {self.device}; "
+                    f"received {wanted}; move the module there first, or leave them out"
+                )
+        if device_ids is not None and len(device_ids) > 1:
+            raise ValueError(
+                f"one process drives one device; received device_ids={list(device_ids)}; "
+                "start one process a device with torchrun"
             )
-            raise RuntimeError(
-                "all ranks must wrap the same model; rank 0 and rank "
-                f"{rank} differ: {different[0]} against {different[1]}; build it from the same "
-                "configuration on every rank"
-            )
-
-    def _broadcast_from_first(self, tensors: Sequence[Tensor]) -> None:
-        assert self._group is not None
-        source = dist.get_global_rank(self._group, 0)
-        with torch.no_grad():
-            works = [
-                dist.broadcast(tensor.detach(), source, group=self._group, async_op=True)
-                for tensor in tensors
-            ]
-            for work in works:
-                work.wait()
 
 
 def _refuse(option: str, value: object, only: object, why: str) -> None:
     if value != only:
         raise ValueError(f"{option} must be {only!r}: {why}; received {value!r}; leave it out")
+
+
+def _group_of(process_group: dist.ProcessGroup | None, mesh: Any) -> dist.ProcessGroup | None:
+    """The ranks to average over; None for this one alone."""
+    if mesh is not None:
+        if process_group is not None:
+            raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
+        if mesh.ndim != 1:
+            raise RuntimeError(
+                f"Only 1D device mesh is supported, but got {mesh}; pass one dimension of it"
+            )
+        group = mesh.get_group(mesh_dim=0)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return process_group
+
+
+def _sparse_weights(module: nn.Module) -> Collection[int]:
+    """The ids of weights that receive sparse gradients."""
+    layers: Iterable[nn.Module] = module.modules()
+    return {
+        id(layer.weight)
+        for layer in layers
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse
+    }
 
 
 def _initialise_from_torchrun(model: nn.Module) -> None:
@@ -333,39 +543,3 @@ def _initialise_from_torchrun(model: nn.Module) -> None:
         return
     devices = {parameter.device.type for parameter in model.parameters()}
     dist.init_process_group("nccl" if "cuda" in devices else "gloo")
-
-
-def _maximum(group: dist.ProcessGroup, device: torch.device, values: Tensor) -> Tensor:
-    """The elementwise maximum of `values`, a tensor on the host, over the ranks of `group`."""
-    on_device = values.to(device, copy=True)
-    dist.all_reduce(on_device, dist.ReduceOp.MAX, group)
-    return on_device.cpu()
-
-
-def _drop_prefix(
-    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
-) -> None:
-    """State-dict hook: `module.x` becomes `x`."""
-    wrapped = prefix + "module."
-    own = [key for key in state if key.startswith(wrapped)]
-    state.update({prefix + key.removeprefix(wrapped): state.pop(key) for key in own})
-    # The versions of the modules' formats, by module path.
-    versions = getattr(state, "_metadata", {})
-    for key in [key for key in versions if key == wrapped[:-1] or key.startswith(wrapped)]:
-        versions[(prefix + key.removeprefix(wrapped[:-1]).lstrip(".")).rstrip(".")] = versions.pop(
-            key
-        )
-
-
-def _add_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Load hook: the module's plain keys become `module.x`, unless the dict has those already.
-
-    A module may own both `weight` and `module.weight`, so the form is the whole dict's.
-    """
-    assert isinstance(module, DataParallel)
-    plain = [prefix + key for key in module.module.state_dict()]
-    wrapped = [prefix + "module." + key.removeprefix(prefix) for key in plain]
-    if sum(key in state for key in plain) < sum(key in state for key in wrapped):
-        return
-    renamed = dict(zip(plain, wrapped, strict=True))
-    state.update({renamed[key]: state.pop(key) for key in plain if key in state})

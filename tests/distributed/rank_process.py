@@ -8,6 +8,7 @@ from typing import Any
 
 def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import backward_tasks
+    import behaviour_tasks
     import tasks
     import torch
     import torch.distributed as dist
@@ -25,7 +26,8 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         task, arguments = pipe.recv()
         torch.manual_seed(0)
         try:
-            module = tasks if hasattr(tasks, task) else backward_tasks
+            modules = (tasks, backward_tasks, behaviour_tasks)
+            module = next(module for module in modules if hasattr(module, task))
             result, trace = getattr(module, task)(rank, **arguments), None
         except Exception as error:  # noqa: BLE001 - whatever it is, the test must hear of it
             # Tracebacks do not pickle: their text travels. So does the type, where it is plain.

@@ -159,10 +159,7 @@ def parameters_agree(rank: int) -> bool:
         nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-    both = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(both, flat)
-    return all(torch.equal(both[0], other) for other in both)
+    return _are_equal_across_ranks(list(model.parameters()))
 
 
 def budgets_agree(rank: int) -> tuple[bool, bool]:
@@ -280,15 +277,24 @@ def dropped_wrapper_is_idle(rank: int) -> list[str]:
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 
-def unused_without_asking(rank: int, on: tuple[int, ...]) -> str | None:
-    """What a backward that misses parameters on some ranks raises, if anything."""
+def unused_without_asking(rank: int, on: tuple[int, ...]) -> tuple[str | None, bool]:
+    """What the forward after a backward that missed parameters on some ranks raises, if anything;
+    do all ranks hold the same gradients meanwhile?"""
     wrapped = dpmem.DataParallel(_Skipping(rank in on), bucket_cap_mb=0.0001)
-    loss = wrapped(torch.ones(2, 8)).sum()
+    wrapped(torch.ones(2, 8) * (rank + 1)).sum().backward()
+    same = _are_equal_across_ranks([p.grad for p in wrapped.parameters()])
     try:
-        loss.backward()
+        wrapped(torch.ones(2, 8))
     except RuntimeError as error:
-        return str(error)
-    return None
+        return str(error), same
+    return None, same
+
+
+def _are_equal_across_ranks(tensors: list[Tensor]) -> bool:
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, flat)
+    return all(torch.equal(everyone[0], other) for other in everyone)
 
 
 def frozen_buffers_in_evaluation(rank: int) -> float:
@@ -337,10 +343,6 @@ def wrapped_again(rank: int) -> list[str]:
 
 def different_models(rank: int) -> None:
     dpmem.DataParallel(nn.Linear(4, 4 + rank))
-
-
-def double_precision(rank: int) -> None:
-    dpmem.DataParallel(nn.Linear(2, 2).double())
 
 
 def initial_state_is_rank_zeros(rank: int) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """BucketPlan: every gradient in one place, no two in the same, within capacity."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def test_docstring_example() -> None:
     plan = BucketPlan.build(
-        [(2, torch.float32), (4, torch.float32), (3, torch.float32)], capacity_bytes=32
+        [(2, torch.float32), (4, torch.float32), (3, torch.float32)], capacities_bytes=[32]
     )
     places = [[(s.parameter, s.offset, s.numel) for s in b.slots] for b in plan.buckets]
     assert places == [[(2, 0, 3), (1, 4, 4)], [(0, 0, 2)]]
@@ -23,12 +25,28 @@ def test_docstring_example() -> None:
 @given(
     parameters=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(DTYPES)), max_size=40),
     capacity_bytes=st.integers(1, 2000),
-    first=st.none() | st.integers(1, 500),
+    first=st.integers(1, 500),
+    seed=st.none() | st.integers(0, 2**16),
+    alone=st.sets(st.integers(0, 39), max_size=3),
 )
 def test_plan_is_a_partition(
-    parameters: list[tuple[int, torch.dtype]], capacity_bytes: int, first: int | None
+    parameters: list[tuple[int, torch.dtype]],
+    capacity_bytes: int,
+    first: int,
+    seed: int | None,
+    alone: set[int],
 ) -> None:
-    plan = BucketPlan.build(parameters, capacity_bytes=capacity_bytes, first_capacity_bytes=first)
+    order = list(range(len(parameters)))[::-1]
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    plan = BucketPlan.build(
+        parameters,
+        capacities_bytes=[first, capacity_bytes],
+        order=None if seed is None else order,
+        alone=alone,
+    )
+    full = [max(order.index(slot.parameter) for slot in b.slots) for b in plan.buckets]
+    assert full == sorted(full)
     placed = sorted(slot.parameter for bucket in plan.buckets for slot in bucket.slots)
     assert placed == list(range(len(parameters)))
     for bucket in plan.buckets:
@@ -46,16 +64,17 @@ def test_plan_is_a_partition(
             bucket.numel * bucket.dtype.itemsize
             < end * bucket.dtype.itemsize + SLOT_ALIGNMENT_BYTES
         )
-        assert len(bucket.slots) == 1 or bucket.size_bytes <= max(capacity_bytes, first or 0)
+        assert len(bucket.slots) == 1 or bucket.size_bytes <= max(capacity_bytes, first)
+        assert len(bucket.slots) == 1 or not alone & {slot.parameter for slot in bucket.slots}
 
 
 def test_exact_fit_stays_and_one_more_does_not() -> None:
-    exact = BucketPlan.build([(4, torch.float32)] * 4, capacity_bytes=32)
+    exact = BucketPlan.build([(4, torch.float32)] * 4, capacities_bytes=[32])
     assert [len(bucket.slots) for bucket in exact.buckets] == [2, 2]
-    larger = BucketPlan.build([(5, torch.float32), (4, torch.float32)], capacity_bytes=32)
+    larger = BucketPlan.build([(5, torch.float32), (4, torch.float32)], capacities_bytes=[32])
     assert [len(bucket.slots) for bucket in larger.buckets] == [1, 1]
 
 
 def test_capacity_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="capacity must be positive; received 0 bytes"):
-        BucketPlan.build([], capacity_bytes=0)
+    with pytest.raises(ValueError, match="capacity must be positive; received \\[1, 0\\] bytes"):
+        BucketPlan.build([], capacities_bytes=[1, 0])

@@ -96,14 +96,23 @@ def test_closure_with_clipping_is_refused() -> None:
         optimizer.step(lambda: 0.0)
 
 
-def test_sparse_gradients_with_clipping_are_refused() -> None:
-    model = nn.Embedding(10, 4, sparse=True)
-    ours, optimizer = dpmem.wrap(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0
-    )
-    ours(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(TypeError, match="use sparse=False"):
+def test_sparse_gradients_are_clipped() -> None:
+    """One index three times: its gradient is the sum, and that is what the norm is of."""
+    torch.manual_seed(0)
+    norms, gradients = [], []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Embedding(10, 4, sparse=sparse)
+        ours, optimizer = dpmem.wrap(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0
+        )
+        ours(torch.tensor([1, 2, 1, 1])).square().sum().backward()
         optimizer.step()
+        norms.append(float(ours.grad_norm))
+        gradients.append(model.weight.grad.to_dense())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert norms[0] > 1
+    assert torch.allclose(*gradients, rtol=1e-6)
 
 
 def test_bf16_returns_fp32_and_computes_in_bf16() -> None:
@@ -210,7 +219,14 @@ def test_several_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"static_graph": True}, {"gradient_as_bucket_view": False}, {"dim": 1}]
+    "option",
+    [
+        {"dim": 1},
+        {"mixed_precision": object()},
+        {"delay_all_reduce_named_params": [("weight", None)]},
+        {"param_to_hook_all_reduce": object()},
+        {"skip_all_reduce_unused_params": True},
+    ],
 )
 def test_ddp_arguments_are_honoured_or_refused(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be .*; received"):
@@ -218,14 +234,26 @@ def test_ddp_arguments_are_honoured_or_refused(option: dict[str, object]) -> Non
 
 
 def test_positional_arguments_are_ddps() -> None:
-    """Up to the last argument that both have."""
-    ours = list(inspect.signature(dpmem.DataParallel.__init__).parameters)
+    """Those that this torch's has: later ones come later."""
+    parameters = inspect.signature(dpmem.DataParallel.__init__).parameters.values()
+    ours = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     theirs = list(inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters)
-    assert ours == theirs[: len(ours)]
+    assert theirs[: len(ours)] == ours[: len(theirs)]
+
+
+def test_buffers_are_broadcast_by_the_newer_name_without_a_warning() -> None:
+    for options, expected in (
+        ({"broadcast_buffers": False}, False),
+        ({"broadcast_buffers": False, "forward_sync_buffers": True}, True),
+    ):
+        with pytest.warns(FutureWarning, match="pass forward_sync_buffers instead"):
+            wrapped = dpmem.DataParallel(nn.Linear(2, 2), **options)
+        assert wrapped.forward_sync_buffers is expected
+    assert dpmem.DataParallel(nn.Linear(2, 2)).forward_sync_buffers
 
 
 def test_module_without_gradients_is_refused() -> None:
-    with pytest.raises(ValueError, match="must have a parameter that requires one"):
+    with pytest.raises(RuntimeError, match="must have a parameter that requires one"):
         dpmem.DataParallel(nn.ReLU())
 
 
@@ -267,14 +295,22 @@ def test_parameters_that_cannot_be_clipped_are_refused_at_once() -> None:
     assert not optimizer._optimizer_step_pre_hooks
 
 
-def test_unfreezing_after_wrapping_is_refused() -> None:
+def test_unfrozen_parameters_are_clipped_once_the_optimizer_has_them() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].requires_grad_(False)
-    ours = dpmem.DataParallel(model)
-    ours(torch.ones(2, 4))
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model[1].parameters(), lr=0.0), max_grad_norm=1.0
+    )
+    ours(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
     model[0].requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"'0\.weight' was unfrozen since; wrap the model again"):
-        ours(torch.ones(2, 4))
+    ours(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(ValueError, match=r"2 are not in it, such as '0\.weight'; add_param_group"):
+        optimizer.step()
+    optimizer.add_param_group({"params": model[0].parameters()})
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    optimizer.step()
+    assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_an_optimizer_clips_for_one_wrapper() -> None:
@@ -310,7 +346,7 @@ def test_parameters_added_to_the_optimizer_later_are_not_stepped_unclipped() -> 
     stranger = nn.Parameter(torch.ones(1))
     optimizer.add_param_group({"params": [stranger]})
     stranger.grad = torch.full((1,), 100.0)
-    with pytest.raises(RuntimeError, match="wrap again after add_param_group"):
+    with pytest.raises(ValueError, match="1 belong to no part of the model"):
         optimizer.step()
     assert stranger.item() == 1.0
     assert ours.grad_norm is None

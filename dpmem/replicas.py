@@ -1,0 +1,56 @@
+"""What makes ranks hold the same model: agreement at the start, broadcasts from one of them."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def check_ranks_agree(
+    parameters: Sequence[tuple[str, nn.Parameter]], group: dist.ProcessGroup
+) -> None:
+    """Raises RuntimeError where ranks hold other names, shapes, dtypes or strides than rank 0."""
+    mine = [
+        (name, tuple(p.shape), str(p.dtype), p.stride(), p.requires_grad) for name, p in parameters
+    ]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        if theirs == everyone[0]:
+            continue
+        different = next(
+            (pair for pair in zip(everyone[0], theirs, strict=False) if pair[0] != pair[1]),
+            (f"{len(everyone[0])} parameters", f"{len(theirs)} parameters"),
+        )
+        raise RuntimeError(
+            "all ranks must wrap the same model; rank 0 and rank "
+            f"{rank} differ: {different[0]} against {different[1]}; build it from the same "
+            "configuration on every rank"
+        )
+
+
+def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup, source: int = 0) -> None:
+    """Give all ranks the values of `source`, a rank of `group`."""
+    first = dist.get_global_rank(group, source)
+    with torch.no_grad():
+        works = [
+            dist.broadcast(tensor.detach(), first, group=group, async_op=True) for tensor in tensors
+        ]
+        for work in works:
+            work.wait()
+
+
+def highest_rank(group: dist.ProcessGroup, device: torch.device, *, among: bool) -> int:
+    """The highest rank of those for which `among` holds; -1 for none. A collective."""
+    rank = torch.tensor([dist.get_rank(group) if among else -1], device=device)
+    dist.all_reduce(rank, dist.ReduceOp.MAX, group)
+    return int(rank.item())
+
+
+def maximum(group: dist.ProcessGroup, device: torch.device, values: Tensor) -> Tensor:
+    """The elementwise maximum of `values`, a tensor on the host, over the ranks of `group`."""
+    on_device = values.to(device, copy=True)
+    dist.all_reduce(on_device, dist.ReduceOp.MAX, group)
+    return on_device.cpu()

@@ -1,0 +1,436 @@
+"""Models and training loops that data-parallel wrappers have got wrong; ranks' side.
+
+The oracle is arithmetic: each rank computes every rank's own gradients on a copy of the model, and
+their average.
+"""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tasks import _are_equal_across_ranks
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import dpmem
+
+Loss = Callable[[nn.Module, int], Tensor]
+
+
+def averaged(model: nn.Module, loss: Loss) -> list[Tensor | None]:
+    """The gradients of `model` averaged over ranks whose loss is `loss(model, rank)`."""
+    ranks = dist.get_world_size()
+    total: list[Tensor | None] = [None for _ in model.parameters()]
+    for rank in range(ranks):
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        loss(alone, rank).backward()
+        for i, parameter in enumerate(alone.parameters()):
+            if parameter.grad is not None:
+                share = parameter.grad.to_dense() / ranks
+                before = total[i]
+                total[i] = share if before is None else before + share
+    return total
+
+
+def differing(model: nn.Module, expected: list[Tensor | None]) -> list[str]:
+    """Names of gradients that are not the expected ones, to a rounding."""
+    names = []
+    for (name, parameter), want in zip(model.named_parameters(), expected, strict=True):
+        have = parameter.grad
+        if have is None or want is None:
+            same = have is want
+        else:
+            same = have.dtype == want.dtype and torch.allclose(have.to_dense(), want, rtol=1e-5)
+        if not same:
+            names.append(name)
+    return names
+
+
+class Layers(nn.Module):
+    """Three layers; `which` names those that take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("a", "b", "c")})
+
+    def forward(self, x: Tensor, which: str = "abc") -> Tensor:
+        for name in which:
+            x = torch.tanh(self.layers[name](x))
+        return x
+
+
+def _input(rank: int, width: int = 6) -> Tensor:
+    return torch.randn(4, width, generator=torch.Generator().manual_seed(50 + rank))
+
+
+class Kinds(nn.Module):
+    """Parameters of every kind of number, shape and size, two of them in one storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        storage = torch.randn(12)
+        self.first = nn.Parameter(storage[:6])
+        self.second = nn.Parameter(storage[6:])
+        self.wide = nn.Parameter(torch.randn(6, dtype=torch.float64))
+        self.pairs = nn.Parameter(torch.randn(6, 2, dtype=torch.complex64).T)
+        self.brain = nn.Parameter(torch.randn(6).bfloat16())
+        self.scalar = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        complex_part = (x.to(torch.complex64) @ self.pairs.T).abs().sum()
+        return (
+            (x * self.first * self.second).sum() * self.scalar
+            + (x.double() * self.wide).square().sum()
+            + (x.bfloat16() * self.brain).float().sum()
+            + complex_part.double()
+            + self.empty.sum()
+        )
+
+
+def kinds_of_parameters(rank: int, bucket_cap_mb: float) -> list[str]:
+    def loss(model: nn.Module, rank: int) -> Tensor:
+        return model(_input(rank))
+
+    model = Kinds()
+    wrapped = dpmem.DataParallel(model, bucket_cap_mb=bucket_cap_mb)
+    different = []
+    for step in range(3):
+        expected = averaged(model, loss)
+        loss(wrapped, rank).backward()
+        different += [f"step {step}: {name}" for name in differing(model, expected)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        wrapped.zero_grad()
+    return different
+
+
+def sparse_gradients(rank: int) -> list[str]:
+    """An embedding with sparse gradients, absent on rank 1 in the second step."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.embed = nn.Embedding(12, 3, sparse=True)
+            self.out = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor, use: bool) -> Tensor:
+            hidden = self.embed(x).sum(0) if use else torch.ones(3)
+            return self.out(hidden).square().sum()
+
+    model = Net()
+    wrapped = dpmem.DataParallel(model, find_unused_parameters=True)
+    different = []
+    for step in range(2):
+
+        def loss(model: nn.Module, rank: int, step: int = step) -> Tensor:
+            return model(torch.tensor([rank, 3, 3, 7 * rank]), step == 0 or rank == 0)
+
+        expected = averaged(model, loss)
+        loss(wrapped, rank).backward()
+        different += differing(model, expected)
+        assert model.embed.weight.grad.is_sparse
+        wrapped.zero_grad()
+    return different
+
+
+def frozen_and_unfrozen(rank: int) -> tuple[list[str], list[int]]:
+    """Layers frozen and unfrozen between steps; and how many elements traveled in each."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model)
+    different, sizes = [], []
+    for trainable in ("abc", "c", "ac", "abc"):
+        for name, layer in model.layers.items():
+            layer.requires_grad_(name in trainable)
+        expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
+        wrapped(_input(rank)).square().sum().backward()
+        different += [f"{trainable}: {name}" for name in differing(model, expected)]
+        sizes.append(sum(bucket.numel for bucket in wrapped._gradients.plan.buckets))
+        wrapped.zero_grad()
+    return different, sizes
+
+
+def used_only_under_no_sync(rank: int) -> list[str]:
+    """pytorch/pytorch#69031: layer b has a gradient from no_sync alone."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model, find_unused_parameters=True)
+
+    def loss(model: nn.Module, rank: int) -> Tensor:
+        return model(_input(rank), "abc").sum() + model(_input(rank + 7), "ac").sum()
+
+    expected = averaged(model, loss)
+    with wrapped.no_sync():
+        wrapped(_input(rank), "abc").sum().backward()
+    wrapped(_input(rank + 7), "ac").sum().backward()
+    return differing(model, expected)
+
+
+def unused_differently(rank: int, static_graph: bool) -> list[str]:
+    """Layer b on rank 0 alone, layer c on no rank: gradients of b on both, of c on none."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(
+        model, find_unused_parameters=not static_graph, static_graph=static_graph
+    )
+    different = []
+    for _ in range(3):
+
+        def loss(model: nn.Module, rank: int) -> Tensor:
+            return model(_input(rank), "ab" if rank == 0 else "a").square().sum()
+
+        expected = averaged(model, loss)
+        loss(wrapped, rank).backward()
+        different += differing(model, expected)
+        wrapped.zero_grad()
+    return different
+
+
+def changed_static_graph(rank: int) -> str | None:
+    wrapped = dpmem.DataParallel(Layers(), static_graph=True)
+    wrapped(_input(rank), "ab").sum().backward()
+    wrapped(_input(rank), "a").sum().backward()
+    try:
+        wrapped(_input(rank), "ab")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def reentrant_twice(rank: int) -> list[str]:
+    """One module in two reentrant checkpoints: its gradients are accumulated twice."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Layers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = checkpoint(self.net, x, use_reentrant=True)
+            return x
+
+    model = Twice()
+    wrapped = dpmem.DataParallel(model, static_graph=True, bucket_cap_mb=0.0001)
+    different = []
+    for _ in range(3):
+
+        def loss(model: nn.Module, rank: int) -> Tensor:
+            return model(_input(rank).requires_grad_()).square().sum()
+
+        expected = averaged(model, loss)
+        loss(wrapped, rank).backward()
+        different += differing(model, expected)
+        wrapped.zero_grad()
+    return different
+
+
+def gradients_of_their_own(rank: int) -> tuple[list[str], bool, int]:
+    """gradient_as_bucket_view=False: what somebody holds is not overwritten; no bucket is kept."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model, gradient_as_bucket_view=False)
+
+    def loss(model: nn.Module, rank: int) -> Tensor:
+        return model(_input(rank)).square().sum()
+
+    expected = averaged(model, loss)
+    loss(wrapped, rank).backward()
+    different = differing(model, expected)
+    held = model.layers["a"].weight.grad
+    before = held.clone()
+    wrapped.zero_grad()
+    loss(wrapped, rank + 1).backward()
+    return different, torch.equal(held, before), len(wrapped.owned_tensors()["bucket"])
+
+
+def narrow_wire(rank: int, dtype: torch.dtype) -> tuple[list[str], bool, set[torch.dtype]]:
+    """Gradients that travel as `dtype`: rounded once before the sum and in it, equal on all."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model, wire_dtype=dtype)
+    traveled: list[torch.dtype] = []
+    plain = dist.all_reduce
+
+    def spy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        traveled.append(tensor.dtype)
+        return plain(tensor, *args, **kwargs)
+
+    dist.all_reduce = spy
+    try:
+        wrapped(_input(rank)).square().sum().backward()
+    finally:
+        dist.all_reduce = plain
+    exact = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
+    shares = []
+    for other in range(dist.get_world_size()):
+        alone = copy.deepcopy(model)
+        alone.zero_grad()
+        alone(_input(other)).square().sum().backward()
+        shares.append([(p.grad / dist.get_world_size()).to(dtype) for p in alone.parameters()])
+    wrong = [
+        name
+        for (name, p), a, b in zip(model.named_parameters(), *shares, strict=True)
+        if not torch.equal(p.grad, (a + b).float())
+    ]
+    assert not all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), exact, strict=True))
+    same = _are_equal_across_ranks([p.grad for p in model.parameters()])
+    return wrong, same, set(traveled)
+
+
+def clipped_over_a_narrow_wire(rank: int) -> tuple[float, float]:
+    """The norm that clipping saw, and that of the gradients before it."""
+    model = Layers()
+    wrapped, optimizer = dpmem.wrap(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        max_grad_norm=0.01,
+        wire_dtype=torch.bfloat16,
+    )
+    wrapped(_input(rank)).square().sum().backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    optimizer.step()
+    return float(wrapped.grad_norm), float(expected)
+
+
+def torchs_hook(rank: int) -> list[float]:
+    """torch's bf16 hook on our engine, and an error for a hook that returns a list."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model, bucket_cap_mb=0.0001)
+    wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
+    wrapped(_input(rank)).square().sum().backward()
+    return [
+        float((p.grad - e).abs().max() / e.abs().max())
+        for p, e in zip(model.parameters(), expected, strict=True)
+    ]
+
+
+def hook_of_a_list(rank: int) -> None:
+    wrapped = dpmem.DataParallel(Layers())
+
+    def hook(state: object, bucket: dpmem.GradBucket) -> Any:
+        return dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+
+    wrapped.register_comm_hook(None, hook)
+    wrapped(_input(rank)).sum().backward()
+
+
+def two_hooks(rank: int) -> None:
+    wrapped = dpmem.DataParallel(Layers())
+    wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
+    wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
+
+
+def our_hook_for_ddp(rank: int) -> list[str]:
+    """DistributedDataParallel with dpmem.comm_hook: as our engine with that wire."""
+    theirs = DistributedDataParallel(Layers())
+    theirs.register_comm_hook(None, dpmem.comm_hook(torch.bfloat16))
+    ours = dpmem.DataParallel(Layers(), wire_dtype=torch.bfloat16)
+    different = []
+    for _ in range(3):
+        for model in (theirs, ours):
+            model.zero_grad()
+            model(_input(rank)).square().sum().backward()
+        different += [
+            name
+            for (name, a), b in zip(
+                theirs.module.named_parameters(), ours.parameters(), strict=True
+            )
+            if not torch.equal(a.grad, b.grad)
+        ]
+    return different
+
+
+def copies_train(rank: int, how: str) -> list[str]:
+    """A copied or pickled wrapper averages, and does not touch the original."""
+    model = Layers()
+    wrapped, _ = dpmem.wrap(model, activations="lossless")
+    again = copy.deepcopy(wrapped) if how == "copy" else pickle.loads(pickle.dumps(wrapped))
+    expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
+    again(_input(rank)).square().sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert again._store is not None
+    assert list(again.state_dict()) == list(model.state_dict())
+    return differing(again.module, expected)
+
+
+def one_dimension_of_a_mesh(rank: int) -> list[float]:
+    """Four ranks as 2 x 2: gradients are averaged along one dimension of the mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    results = []
+    for name in ("outer", "inner"):
+        model = nn.Linear(1, 1, bias=False)
+        wrapped = dpmem.DataParallel(model, device_mesh=mesh[name])
+        wrapped(torch.full((1, 1), float(rank))).backward()
+        results.append(model.weight.grad.item())
+    return results
+
+
+def graph_of_gradients(rank: int) -> tuple[list[str], str, bool]:
+    """A penalty on gradients through autograd.grad; and backward(create_graph=True)'s warning."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model)
+
+    def loss(model: nn.Module, rank: int) -> Tensor:
+        value = model(_input(rank)).square().sum()
+        gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+        return value + sum(gradient.square().sum() for gradient in gradients)
+
+    expected = averaged(model, loss)
+    loss(wrapped, rank).backward()
+    different = differing(model, expected)
+    wrapped.zero_grad()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped(_input(rank)).square().sum().backward(create_graph=True)
+    said = [str(w.message) for w in caught if "no .grad has a graph" in str(w.message)]
+    return different, said[0], any(p.grad.requires_grad for p in model.parameters())
+
+
+def agreed_order(rank: int) -> tuple[list[str], list[int], list[int]]:
+    """Layers used in another order than registered; the plan before and after the first step."""
+    model = Layers()
+    wrapped = dpmem.DataParallel(model, bucket_cap_mb_list=[0.0001])
+    orders, different = [], []
+    for _ in range(3):
+
+        def loss(model: nn.Module, rank: int) -> Tensor:
+            return model(_input(rank), "cab" if rank == 0 else "bca").square().sum()
+
+        expected = averaged(model, loss)
+        loss(wrapped, rank).backward()
+        different += differing(model, expected)
+        slots = [slot.parameter for b in wrapped._gradients.plan.buckets for slot in b.slots]
+        orders.append(slots)
+        wrapped.zero_grad()
+    return different, orders[0], orders[-1]
+
+
+def uneven_inputs(rank: int, even: bool) -> tuple[list[float], bool]:
+    """Rank r has r + 2 inputs of value 1; the gradients it sees, and whether models end equal."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1, affine=False).eval())
+    wrapped = dpmem.DataParallel(model)
+    seen = []
+    with wrapped.join(divide_by_initial_world_size=not even):
+        for step in range(2 * (rank + 2)):
+            x = torch.ones(1, 1)
+            if step % 2 == 0:
+                with wrapped.no_sync():
+                    wrapped(x).sum().backward()
+            else:
+                wrapped(x).sum().backward()
+                seen.append(round(model[0].weight.grad.item(), 4))
+                with torch.no_grad():
+                    model[0].weight -= 0.1 * model[0].weight.grad
+                wrapped.zero_grad()
+    return seen, _are_equal_across_ranks([*model.parameters(), *model.buffers()])
