@@ -20,6 +20,9 @@ class LocalGradients:
     def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
         """Nothing to follow."""
 
+    def forward_failed(self, error: BaseException | None) -> None:
+        """Nobody waits."""
+
     def release(self) -> None:
         """Nothing to release."""
 

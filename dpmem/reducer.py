@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from dpmem.bucket_buffer import BucketBuffer, SparseBuffer, size_and_dtype
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
+from dpmem.lockstep import Lockstep
 from dpmem_kernels import GradStats
 
 _NO_BACKWARD = -1
@@ -63,11 +64,18 @@ class ReducerOptions:
 class _AtTheEnd:
     """What autograd calls when a backward ends. It is gone, uncalled, where the backward raised."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
+    is_over = False
+
+    def __init__(self, finish: Callable[[], None], raised: Callable[[], None]) -> None:
         self._finish = finish
+        self._raised = weakref.finalize(self, raised)
+        self._raised.atexit = False
 
     def __call__(self) -> None:
+        # An exception's traceback may hold on to this.
+        self.is_over = True
         self._finish()
+        self._raised.detach()
 
 
 def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], None]:
@@ -77,6 +85,15 @@ def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], Non
             alive._on_gradient(index)
 
     return on_gradient
+
+
+def _raised(reducer: "weakref.ref[Reducer]") -> Callable[[], None]:
+    def on_exception() -> None:
+        alive = reducer()
+        if alive is not None:
+            alive._lockstep.failed(None, "the backward")
+
+    return on_exception
 
 
 def _running_backward() -> int:
@@ -110,6 +127,7 @@ class Reducer:
         self._options = options
         self._sparse = frozenset(sparse)
         self._comm_hook: CommHook | None = None
+        self._lockstep = Lockstep(process_group)
         # What gradients are multiplied by on their way: divided by the ranks that contribute.
         self.scale = 1.0 / dist.get_world_size(process_group)
         # Set where somebody clips: each bucket is then read once more, right after it arrived.
@@ -135,6 +153,9 @@ class Reducer:
         # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
         if _running_backward() != _NO_BACKWARD:
             return
+        if synchronize and self._lockstep.recover():
+            self._follow_order()
+            self._complete_empty()
         self._settle()
         if synchronize:
             complaint, self._complaint = self._complaint, None
@@ -169,11 +190,17 @@ class Reducer:
             )
         self._comm_hook = hook
 
+    def forward_failed(self, error: BaseException | None) -> None:
+        """A forward that was to be averaged raised: tell the ranks that will wait for it."""
+        if _running_backward() == _NO_BACKWARD:
+            self._lockstep.failed(error, "the forward")
+
     def shadow(self) -> None:
         """Take part in one averaged backward of the other ranks, with nothing to contribute."""
         self._settle()
         self._follow_trainable()
         self._follow_order()
+        self._lockstep.backward_begins()
         self._complete_empty()
 
     def bucket_tensors(self) -> list[Tensor]:
@@ -241,7 +268,8 @@ class Reducer:
 
     def _is_averaging(self) -> bool:
         """True from the start of an averaged backward until it ends, well or not."""
-        return self._end is not None and self._end() is not None
+        end = None if self._end is None else self._end()
+        return end is not None and not end.is_over
 
     def _begin(self, _: Tensor | None = None) -> None:
         """A backward reached an output of a synchronized forward: give gradients back at its end.
@@ -251,7 +279,8 @@ class Reducer:
         if not self._is_averaging():
             self._settle()
             self._follow_order()
-            end = _AtTheEnd(self._finish)
+            self._lockstep.backward_begins()
+            end = _AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
             torch.autograd.Variable._execution_engine.queue_callback(end)
 
@@ -280,6 +309,7 @@ class Reducer:
             self._reset()
             self._agree_on_unused(list(self._trainable))
             self._agree_on_order()
+            self._lockstep.backward_ends()
 
     def _reset(self) -> None:
         self._end = None
@@ -322,9 +352,15 @@ class Reducer:
 
     def _launch(self) -> None:
         """Pack the next bucket and start its all-reduce."""
-        with torch.no_grad():
-            buffer = self._buffers[self._next]
-            self._travel(buffer, buffer.pack(1.0 if self._comm_hook is not None else self.scale))
+        buffer = self._buffers[self._next]
+        try:
+            with torch.no_grad():
+                scale = 1.0 if self._comm_hook is not None else self.scale
+                self._travel(buffer, buffer.pack(scale))
+        except RuntimeError as error:
+            # Out of memory, most likely, of which autograd's error says no more than this.
+            self._lockstep.failed(error, "packing a bucket of gradients")
+            raise
 
     def _travel(self, buffer: BucketBuffer, tensor: Tensor) -> None:
         number, self._next = self._next, self._next + 1
@@ -337,10 +373,11 @@ class Reducer:
     def _await(self, number: int) -> Tensor | None:
         """Wait for a bucket; what a communication hook made of it."""
         work = self._works[number]
+        # On CUDA a wait does not hold the host, and NCCL watches its collectives itself.
+        watched = self._parameters[0].device.type == "cpu"
+        reduced = self._lockstep.wait(work) if watched else work.wait()
         if isinstance(work, dist.Work):
-            work.wait()
             return None
-        reduced = work.wait()
         if not isinstance(reduced, Tensor):
             raise TypeError(
                 "a communication hook's future must hold the reduced tensor; received "
@@ -372,6 +409,7 @@ class Reducer:
                 buffer.expose(as_views=self._options.as_views)
             self._expose_missing(missing)
             self._agree_on_order()
+            self._lockstep.backward_ends()
             if not self._options.as_views:
                 for buffer in self._buffers:
                     buffer.release()

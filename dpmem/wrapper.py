@@ -1,6 +1,7 @@
 """`wrap`, and DataParallel: the module that users hold."""
 
 import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -149,10 +150,13 @@ class DataParallel(nn.Module, Joinable):
 
     A backward is averaged when it reaches the outputs of a forward outside `no_sync`; one that
     reaches no output that torch's pytree sees (a plain dataclass's, a view edited in place) goes by
-    the last forward. Where no parameter receives a gradient, no rank waits for this one. A backward
-    that raised on all ranks leaves no gradient where one was travelling: set gradients to zero or
-    None, and go on. Where some ranks raised, in forward or in backward, stop all: this version does
-    not see that the others went on with another average.
+    the last forward. Where no parameter receives a gradient, no rank waits for this one.
+
+    Where a forward or backward raises on some ranks, the others get an error in the same step that
+    names the first and what it raised (torch.OutOfMemoryError where it was one). No rank has
+    gradients then; correct the cause, or set gradients to None on all ranks and go on. A rank that
+    died or hangs is named within the process group's timeout. (On the CPU. On CUDA, NCCL's watchdog
+    ends processes whose collectives are late; it names no rank's exception.)
 
     Parameters may be frozen and unfrozen between steps, on all ranks alike. One that should have
     received a gradient and did not is named in an error at the next forward, as in
@@ -283,7 +287,11 @@ class DataParallel(nn.Module, Joinable):
         if self.device_ids:
             args, kwargs = tree_map_only(Tensor, self._to_device, (args, kwargs))
         saving = self._store if differentiated else None
-        with autocast(self._config.precision, self.device), saving or nullcontext():
+        with (
+            self._reporting(synchronize),
+            autocast(self._config.precision, self.device),
+            saving or nullcontext(),
+        ):
             outputs = self.module(*args, **kwargs)
         if self._config.precision == "bf16":
             outputs = upcast_outputs(outputs)
@@ -430,6 +438,17 @@ class DataParallel(nn.Module, Joinable):
         self._store = ActivationStore(
             self.module, self._config.policy, seed=seed, rank=rank, agree=agree
         )
+
+    @contextmanager
+    def _reporting(self, synchronize: bool) -> Iterator[None]:
+        """Tell the other ranks where an exception ends a forward whose backward they will await."""
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        finally:
+            if synchronize and not succeeded:
+                self._gradients.forward_failed(sys.exception())
 
     def _announce(self, synchronize: bool) -> None:
         """Inside join: tell ranks without inputs what this forward brings."""

@@ -1,0 +1,251 @@
+"""What each rank has done, told to the others through the store, and read when something is late.
+
+Collectives do not say who is missing, and a rank that raised does not say so to those that wait for
+it. Here each rank notes in the process group's store which averaged backward it has begun (one
+write a step, nothing is read), and, where its forward or backward raised, what it raised. A rank
+that waits longer than `GLANCE_S` for a collective reads these notes: then a failure of one rank is
+an error on all, which names that rank, and all of them may go on with the next step.
+
+This is for collectives on the CPU. On CUDA a wait does not hold the host, and late collectives are
+the matter of NCCL's own watchdog.
+"""
+
+import json
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+from torch.distributed import distributed_c10d
+
+# A step is shorter; whoever waits longer has a look at the notes.
+GLANCE_S = 1.0
+# How long the survivors of a lost connection have to say that they live.
+_ROLL_CALL_S = 5.0
+_POLL_S = 0.05
+
+_numbers = count()
+
+
+@dataclass(frozen=True)
+class Note:
+    """One rank's last: how many averaged backwards it began, and how its step failed, if it did.
+
+    An attempt ends when a step failed, which is then so on all ranks: what is noted under another
+    one is over.
+    """
+
+    attempt: int
+    backwards: int
+    # How many there were when the attempt before ended.
+    settled: int
+    failed: str | None = None
+    out_of_memory: bool = False
+    # Its failure is that it waited for others.
+    waited: bool = False
+
+
+class Lockstep:
+    """The notes of one wrapper's ranks. Wrappers are made in the same order on all ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        store = distributed_c10d._get_default_store()
+        self._timeout: timedelta = store.timeout  # type: ignore[attr-defined]
+        self._store = c10d.PrefixStore(f"dpmem lockstep {next(_numbers)}", store)
+        self._rank = dist.get_rank(group)
+        self._ranks = dist.get_world_size(group)
+        self._attempt = 0
+        self._backwards = self._settled = 0
+        self._in_backward = False
+        self._has_failed = False
+
+    def backward_begins(self) -> None:
+        """An averaged backward begins."""
+        self._backwards += 1
+        self._in_backward = True
+        self._write()
+
+    def backward_ends(self) -> None:
+        """It ended well."""
+        self._in_backward = False
+
+    def failed(self, error: BaseException | None, where: str, *, waited: bool = False) -> None:
+        """This rank's step failed; the first failure of a step is the one that counts."""
+        if self._has_failed:
+            return
+        self._has_failed = True
+        what = "an exception" if error is None else f"{type(error).__name__}: {error}"
+        self._write(f"{where} raised {what}", is_out_of_memory(error), waited)
+
+    def recover(self) -> bool:
+        """Before the step after a failed one: wait until every rank knows of it.
+
+        True where other ranks began a backward that this one did not. Raises RuntimeError where
+        another rank completed the step that failed here, or does not answer.
+        """
+        if not self._has_failed:
+            return False
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        waiting = {rank for rank in range(self._ranks) if rank != self._rank}
+        began = self._backwards
+        while waiting:
+            for rank in sorted(waiting):
+                note = self._read(rank)
+                if note is None:
+                    continue
+                if note.attempt > self._attempt:
+                    # It knows, and went on.
+                    began = max(began, note.settled)
+                    waiting.remove(rank)
+                    continue
+                if self._in_backward and note.backwards > self._backwards:
+                    raise RuntimeError(
+                        f"the step that failed on rank {self._rank} succeeded on rank {rank}, so "
+                        "their models differ now; load a checkpoint on all ranks"
+                    )
+                if self._is_of_this_attempt(note) and note.failed is not None:
+                    began = max(began, note.backwards)
+                    waiting.remove(rank)
+            if waiting and time.monotonic() > deadline:
+                raise RuntimeError(
+                    "a step that failed on one rank fails on all before the next; rank "
+                    f"{min(waiting)} did not say so within {self._timeout}; see whether it "
+                    "is alive"
+                )
+            time.sleep(_POLL_S if waiting else 0)
+        ahead = began > self._backwards
+        self._backwards = self._settled = began
+        self._attempt += 1
+        self._in_backward = self._has_failed = False
+        return ahead
+
+    def wait(self, work: "dist.Work | torch.futures.Future[Tensor]") -> Any:
+        """The result of a collective on the CPU.
+
+        Raises RuntimeError, or torch.OutOfMemoryError where that is what it was, naming the rank
+        that failed, or has died, or is late.
+        """
+        try:
+            while not _done_within(work, GLANCE_S):
+                self._look_for_failures()
+            return work.wait()
+        except _Failure:
+            raise
+        except RuntimeError as error:
+            self.failed(error, "waiting for the other ranks", waited=True)
+            raise RuntimeError(f"{self._who_is_missing()} ({error})") from error
+
+    def _look_for_failures(self) -> None:
+        for rank in range(self._ranks):
+            note = None if rank == self._rank else self._read(rank)
+            if note is None or note.failed is None or not self._is_of_this_attempt(note):
+                continue
+            if note.waited:
+                # It lost a connection; whose fault that was is found out together.
+                raise RuntimeError(f"rank {rank} gave up {note.failed.partition(' raised ')[2]}")
+            message = (
+                f"rank {rank} failed in this step: {note.failed}; its part of the average is "
+                "missing, so no rank has gradients; correct the cause there, or set gradients to "
+                "None on all ranks and go on with the next step"
+            )
+            failure = _OutOfMemory(message) if note.out_of_memory else _StepFailed(message)
+            self.failed(failure, f"hearing of rank {rank}")
+            try:
+                raise failure
+            finally:
+                # Its traceback holds this frame, which must not hold it.
+                del failure
+
+    def _is_of_this_attempt(self, note: Note) -> bool:
+        return note.attempt == self._attempt
+
+    def _who_is_missing(self) -> str:
+        """Those that are behind; else those that do not answer a roll call."""
+        deadline = time.monotonic() + _ROLL_CALL_S
+        silent = [rank for rank in range(self._ranks) if rank != self._rank]
+        notes: dict[int, Note | None] = dict.fromkeys(silent)
+        while silent and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+            notes = {rank: self._read(rank) for rank in silent}
+            silent = [
+                rank
+                for rank, note in notes.items()
+                if note is None or note.failed is None or not self._is_of_this_attempt(note)
+            ]
+        if not silent:
+            return "a collective failed on every rank"
+        names = " and ".join(
+            f"rank {rank} (its last averaged backward was number {_backwards(notes[rank])})"
+            for rank in silent
+        )
+        return (
+            f"averaged backward number {self._backwards} needs all {self._ranks} ranks; "
+            f"{names} did not take part and no longer answers; see why it died or hangs"
+        )
+
+    def _write(
+        self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False
+    ) -> None:
+        note = Note(self._attempt, self._backwards, self._settled, failed, out_of_memory, waited)
+        try:
+            self._store.set(str(self._rank), json.dumps(asdict(note)))
+        except RuntimeError as error:
+            raise self._store_is_gone() from error
+
+    def _read(self, rank: int) -> Note | None:
+        try:
+            if not self._store.check([str(rank)]):
+                return None
+            return Note(**json.loads(self._store.get(str(rank))))
+        except RuntimeError as error:
+            raise self._store_is_gone() from error
+
+    def _store_is_gone(self) -> RuntimeError:
+        return _StepFailed(
+            "the process that hosts the process group's store, rank 0 unless a launcher does, no "
+            "longer answers; it has died or cannot be reached, and without it no rank can go on"
+        )
+
+
+class _Failure(Exception):  # noqa: N818 - a mark on errors that say all there is to say
+    """Not to be explained further."""
+
+
+class _StepFailed(_Failure, RuntimeError):  # noqa: N818 - as above
+    """A rank failed."""
+
+
+class _OutOfMemory(_Failure, torch.OutOfMemoryError):
+    """A rank ran out of memory."""
+
+
+def _backwards(note: Note | None) -> int:
+    return 0 if note is None else note.backwards
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """CUDA's error, or the CPU allocator's, which is a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _done_within(work: "dist.Work | torch.futures.Future[Tensor]", seconds: float) -> bool:
+    """Has it ended, well or not?"""
+    if isinstance(work, dist.Work):
+        if work.is_completed():
+            return True
+        try:
+            return bool(work.wait(timedelta(seconds=seconds)))
+        except RuntimeError:
+            # Late, or failed: then it is completed.
+            return work.is_completed()
+    done = threading.Event()
+    work.add_done_callback(lambda _: done.set())
+    return done.wait(seconds)

@@ -1,0 +1,238 @@
+"""What ranks do in the fault tests; each runs in processes of its own."""
+
+import math
+import os
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import dpmem
+from dpmem.bucket_buffer import BucketBuffer
+
+
+def run(
+    task: str,
+    rank: int,
+    ranks: int,
+    scratch: str,
+    timeout_s: float,
+    queue: Any,
+    arguments: dict[str, Any],
+) -> None:
+    """A process's main: put (rank, what the task returns) on `queue`."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    method = f"file://{scratch}/rendezvous"
+    if arguments.pop("tcp", False):
+        method = f"tcp://127.0.0.1:{29600 + os.getppid() % 300}"
+    dist.init_process_group(
+        "gloo",
+        init_method=method,
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    torch.manual_seed(0)
+    try:
+        if task == "train_until_an_error":
+            queue.put((rank, "training"))
+        answer = globals()[task](rank, **arguments)
+    except Exception:  # noqa: BLE001 - the test must see whatever it is
+        answer = traceback.format_exc()
+    queue.put((rank, answer))
+    # Others may still need this rank's notes.
+    time.sleep(timeout_s)
+
+
+class Net(nn.Module):
+    """Four layers; raises in forward where told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise ArithmeticError("planned")
+        return self.layers(x)
+
+
+def _raise(_: Tensor) -> None:
+    raise ArithmeticError("planned")
+
+
+def _step_is_right(wrapped: dpmem.DataParallel, rank: int) -> bool:
+    """Is a good step's gradient the mean of those of all ranks?"""
+    wrapped.zero_grad()
+    wrapped(torch.full((2, 8), float(rank))).sum().backward()
+    gradient = wrapped.module.layers[3].bias.grad
+    first = wrapped.module.layers[0].weight.grad.clone()
+    mean = sum(range(dist.get_world_size())) / dist.get_world_size()
+    # The input is a constant, and the first weight's gradient proportional to it.
+    alone = torch.nn.functional.linear(torch.ones(1, 8), torch.eye(8))
+    assert alone.shape == (1, 8)
+    everyone = [torch.empty_like(first) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, first)
+    local = Net()
+    local.load_state_dict(wrapped.module.state_dict())
+    local(torch.full((2, 8), mean)).sum().backward()
+    return (
+        bool(torch.allclose(gradient, local.layers[3].bias.grad))
+        and bool(torch.allclose(first, local.layers[0].weight.grad, rtol=1e-5, atol=1e-6))
+        and all(torch.equal(everyone[0], other) for other in everyone)
+    )
+
+
+def one_raises(rank: int, where: str, which: int) -> tuple[str, int, float, bool]:
+    """(error, gradients left, seconds until it, is the step after it right)."""
+    torch.manual_seed(0)
+    wrapped = dpmem.DataParallel(Net(), bucket_cap_mb=0.0003)
+    recovered = True
+    said, left, seconds = "", 0, 0.0
+    for _ in range(2):
+        assert _step_is_right(wrapped, rank)
+        wrapped.zero_grad()
+        plain, handle = BucketBuffer.pack, None
+        if rank == which and where == "forward":
+            wrapped.module.fails = True
+        elif rank == which and where == "backward":
+            handle = wrapped.module.layers[1].weight.register_hook(_raise)
+        elif rank == which:
+            BucketBuffer.pack = lambda self, scale: _no_memory()
+        started = time.monotonic()
+        try:
+            wrapped(torch.ones(2, 8)).sum().backward()
+        except (ArithmeticError, RuntimeError) as error:
+            said = f"{type(error).__name__}: {error}".replace("RuntimeError: planned", "Arithmetic")
+            if rank == which:
+                said = "ArithmeticError: planned"
+        seconds = time.monotonic() - started
+        left = sum(p.grad is not None for p in wrapped.parameters())
+        wrapped.module.fails = False
+        BucketBuffer.pack = plain
+        if handle is not None:
+            handle.remove()
+        recovered = recovered and _step_is_right(wrapped, rank)
+    return said, left, seconds, recovered
+
+
+def _no_memory() -> Tensor:
+    raise RuntimeError("planned")
+
+
+def out_of_memory(rank: int) -> tuple[str, str, bool]:
+    """Rank 1 asks the CPU's allocator for more than there is, in its forward."""
+
+    class Greedy(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                torch.empty(1 << 60, dtype=torch.uint8)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    wrapped = dpmem.DataParallel(Greedy())
+    wrapped.module.fails = rank == 1
+    name = message = ""
+    try:
+        wrapped(torch.ones(2, 8)).sum().backward()
+    except RuntimeError as error:
+        name, message = type(error).__name__, str(error)
+        assert rank == 1 or isinstance(error, torch.OutOfMemoryError)
+    wrapped.module.fails = False
+    return name, message, _step_is_right(wrapped, rank)
+
+
+def all_raise(rank: int) -> bool:
+    """Each rank's forward raises, at different times; the next step is right, and not late."""
+    torch.manual_seed(0)
+    wrapped = dpmem.DataParallel(Net())
+    right = _step_is_right(wrapped, rank)
+    for _ in range(2):
+        wrapped.module.fails = True
+        time.sleep(1.5 * rank)
+        try:
+            wrapped(torch.ones(2, 8))
+        except ArithmeticError:
+            wrapped.module.fails = False
+        if rank == 0:
+            # Longer than the other ranks wait before they look around.
+            time.sleep(3)
+        right = right and _step_is_right(wrapped, rank)
+    return right
+
+
+def raises_late(rank: int) -> str:
+    torch.manual_seed(0)
+    wrapped = dpmem.DataParallel(Net())
+    # Called after the wrapper's own hooks, the second time when the one bucket has been launched.
+    calls: list[Tensor] = []
+
+    def raise_at_the_second(gradient: Tensor) -> None:
+        calls.append(gradient)
+        if len(calls) == 2:
+            raise ArithmeticError("planned")
+
+    if rank == 1:
+        for parameter in wrapped.module.layers[0].parameters():
+            parameter.register_post_accumulate_grad_hook(raise_at_the_second)
+    try:
+        wrapped(torch.ones(2, 8)).sum().backward()
+    except ArithmeticError:
+        time.sleep(2)
+    wrapped.zero_grad()
+    try:
+        wrapped(torch.ones(2, 8)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def train_until_an_error(rank: int) -> str:
+    torch.manual_seed(0)
+    wrapped = dpmem.DataParallel(Net(), bucket_cap_mb=0.0003)
+    while True:
+        try:
+            wrapped(torch.ones(2, 8)).sum().backward()
+        except RuntimeError as error:
+            return str(error)
+        wrapped.zero_grad()
+        time.sleep(0.02)
+
+
+def one_is_not_finite(rank: int, value: str) -> list[int]:
+    """Positions in a gradient whose bad value did not make the norm and all elements say so."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.ones(n)) for n in (5, 3))
+
+    def forward(self: Odd, x: Tensor) -> Tensor:
+        return (self.first.sum() + self.second.sum()) * x
+
+    Odd.forward = forward
+    wrong = []
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    wrapped, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=1.0)
+    for position in range(8):
+        parameter = model.first if position < 5 else model.second
+        bad = torch.ones(parameter.numel())
+        bad[position % 5] = float(value) if rank == 1 else 1.0
+        handle = parameter.register_hook(lambda gradient, bad=bad: gradient * bad)
+        wrapped(torch.ones(())).backward()
+        handle.remove()
+        reached = parameter.grad[position % 5].item()
+        optimizer.step()
+        norm = float(wrapped.grad_norm)
+        if math.isfinite(reached) or math.isfinite(norm):
+            wrong.append(position)
+        optimizer.zero_grad()
+    return wrong

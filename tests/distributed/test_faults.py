@@ -1,0 +1,145 @@
+"""A rank that raises, dies or hangs: what the others see, and whether they can go on."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from typing import Any
+
+import fault_tasks
+import pytest
+
+TIMEOUT_S = 8
+
+
+class Doomed:
+    """Ranks of their own, some of which do not come back."""
+
+    def __init__(self, task: str, ranks: int, **arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.scratch = tempfile.TemporaryDirectory()
+        self.queue = context.Queue()
+        self.processes = [
+            context.Process(
+                target=fault_tasks.run,
+                args=(task, rank, ranks, self.scratch.name, TIMEOUT_S, self.queue, arguments),
+                daemon=True,
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def answers(self, ranks: set[int]) -> dict[int, Any]:
+        """What these ranks return or raise, within some timeouts of the process group."""
+        answers: dict[int, Any] = {}
+        while set(answers) < ranks:
+            rank, answer = self.queue.get(timeout=60)
+            assert not str(answer).startswith("Traceback"), f"rank {rank}: {answer}"
+            answers[rank] = answer
+        return answers
+
+    def wait_until_training(self, ranks: int) -> None:
+        ready = {self.queue.get(timeout=60) for _ in range(ranks)}
+        assert ready == {(rank, "training") for rank in range(ranks)}
+
+    def __enter__(self) -> "Doomed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.scratch.cleanup()
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", pytest.param("packing", marks=slow)])
+@pytest.mark.parametrize(
+    ("ranks", "which"),
+    [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
+)
+def test_one_ranks_exception_is_an_error_on_all_and_training_goes_on(
+    where: str, ranks: int, which: int
+) -> None:
+    with Doomed("one_raises", ranks, where=where, which=which) as doomed:
+        answers = doomed.answers(set(range(ranks)))
+    for rank, (error, gradients_left, seconds, recovered) in answers.items():
+        if rank == which:
+            assert error.startswith("ArithmeticError: planned")
+        else:
+            assert f"rank {which} failed in this step: " in error
+            assert {"forward": "ArithmeticError: planned", "packing": "packing a bucket"}.get(
+                where, "the backward raised"
+            ) in error
+            assert gradients_left == 0
+            # In seconds, not in timeouts.
+            assert seconds < TIMEOUT_S - 2
+        assert recovered
+
+
+def test_running_out_of_memory_in_a_forward_is_that_on_all() -> None:
+    with Doomed("out_of_memory", 2) as doomed:
+        answers = doomed.answers({0, 1})
+    assert answers[1][0] == "RuntimeError"
+    assert answers[0][0] == "_OutOfMemory"
+    assert "rank 1 failed in this step: the forward raised RuntimeError" in answers[0][1]
+    assert answers[0][2]
+    assert answers[1][2]
+
+
+@slow
+def test_all_ranks_may_raise_and_go_on() -> None:
+    with Doomed("all_raise", 2) as doomed:
+        assert doomed.answers({0, 1}) == {0: True, 1: True}
+
+
+def test_a_step_that_succeeded_elsewhere_is_not_passed_over() -> None:
+    """Rank 1 raises when its last bucket is on its way: rank 0 has stepped."""
+    with Doomed("raises_late", 2) as doomed:
+        answers = doomed.answers({1})
+    assert "succeeded on rank 0, so their models differ now; load a checkpoint" in answers[1]
+
+
+@pytest.mark.parametrize(("ranks", "which"), [(2, 1), pytest.param(3, 1, marks=slow)])
+def test_a_killed_rank_is_named(ranks: int, which: int) -> None:
+    with Doomed("train_until_an_error", ranks) as doomed:
+        doomed.wait_until_training(ranks)
+        time.sleep(0.5)
+        doomed.processes[which].kill()
+        answers = doomed.answers(set(range(ranks)) - {which})
+    for error in answers.values():
+        assert f"rank {which} (its last averaged backward was number" in error
+        assert "no longer answers" in error
+
+
+@slow
+def test_a_killed_host_of_the_store_is_said() -> None:
+    with Doomed("train_until_an_error", 2, tcp=True) as doomed:
+        doomed.wait_until_training(2)
+        time.sleep(0.5)
+        doomed.processes[0].kill()
+        (error,) = doomed.answers({1}).values()
+    assert "the process that hosts the process group's store, rank 0 unless" in error
+
+
+def test_a_hung_rank_is_named_within_the_timeout() -> None:
+    with Doomed("train_until_an_error", 2) as doomed:
+        doomed.wait_until_training(2)
+        time.sleep(0.5)
+        assert doomed.processes[1].pid is not None
+        os.kill(doomed.processes[1].pid, signal.SIGSTOP)
+        started = time.monotonic()
+        (error,) = doomed.answers({0}).values()
+        assert time.monotonic() - started < 3 * TIMEOUT_S
+    assert "rank 1 (its last averaged backward was number" in error
+
+
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=slow)])
+def test_a_gradient_that_is_not_finite_reaches_all_ranks(value: str) -> None:
+    """At every position of a bucket, padding's neighbours included: all ranks' norms say so."""
+    with Doomed("one_is_not_finite", 2, value=value) as doomed:
+        assert doomed.answers({0, 1}) == {0: [], 1: []}
