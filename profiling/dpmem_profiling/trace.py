@@ -197,7 +197,8 @@ def _fake_batch(job: Job, batch_size: int, mode: FakeTensorMode, tracker: Memory
 
     def arrive(tensor: Tensor) -> Tensor:
         with tracker.paused():
-            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            # Dense, as Tensor.to makes it: an expanded tensor arrives at full size.
+            copy = torch.empty_like(tensor, requires_grad=False)
         tracker.see(copy)
         return copy
 

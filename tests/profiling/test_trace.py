@@ -216,3 +216,12 @@ def test_nothing_is_left_behind() -> None:
     trace(RESIDUAL, 4, GPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
+
+
+def test_an_expanded_input_arrives_at_its_full_size() -> None:
+    job = replace(RESIDUAL, batch=lambda n: torch.zeros(1, WIDTH).expand(n, -1))
+    traced = trace(job, 16, GPU)
+
+    inputs = {i for i, category in enumerate(traced.categories) if category == "input"}
+    arrived = [c.delta_bytes for c in traced.changes if c.storage in inputs and c.delta_bytes > 0]
+    assert arrived == [16 * WIDTH * 4] * 2
