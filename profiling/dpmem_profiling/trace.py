@@ -8,9 +8,10 @@ also measures real steps. What CUDA does differently from the CPU is in `cuda_se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -147,10 +148,22 @@ def trace(
         batch_size=batch_size,
         storages=tuple(tracker.storages),
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
-        changes=tuple(tracker.changes),
+        changes=_releases_in_order(tracker.changes),
         step_starts=tuple(starts),
         notes=stand_in.notes(),
     )
+
+
+def _releases_in_order(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The changes, with releases that follow each other by the storages' numbers.
+
+    What goes at once goes in any order: autocast's cache empties by address. One order makes traces
+    of two batches comparable.
+    """
+    result: list[Change] = []
+    for releasing, run in groupby(changes, lambda change: change.delta_bytes < 0):
+        result += sorted(run, key=lambda change: change.storage or 0) if releasing else run
+    return tuple(result)
 
 
 def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:

@@ -225,3 +225,17 @@ def test_an_expanded_input_arrives_at_its_full_size() -> None:
     inputs = {i for i, category in enumerate(traced.categories) if category == "input"}
     arrived = [c.delta_bytes for c in traced.changes if c.storage in inputs and c.delta_bytes > 0]
     assert arrived == [16 * WIDTH * 4] * 2
+
+
+def test_traces_under_autocast_make_a_line_too() -> None:
+    # Its cache of cast weights is emptied in the order of addresses, which is anyone's.
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return mean_square(model, batch)
+
+    job = replace(RESIDUAL, model=lambda: nn.Sequential(*(Residual() for _ in range(8))), loss=loss)
+    low, high, traced = (trace(job, n, GPU) for n in (4, 32, 11))
+    made = between(low, high, 11)
+
+    assert made is not None
+    assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
