@@ -32,7 +32,7 @@ from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Job, build_model, equip, make_batch
 from dpmem_profiling.record import Category
-from dpmem_profiling.stand_in import StandIn
+from dpmem_profiling.stand_in import StandIn, as_with_data
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
 
@@ -128,7 +128,7 @@ def trace(
     stand_in, in_place = StandIn(tracker), InPlaceGradients()
     with torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
         model = _fake_model(job, mode).train()
-        with mode, _data_needed_is_said(), tracker, stand_in, in_place:
+        with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
             with tracker.paused():
                 in_place.calibrate()
             for tensor in _in_order_of_arrival(model):
@@ -150,7 +150,20 @@ def trace(
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
         changes=_releases_in_order(tracker.changes),
         step_starts=tuple(starts),
-        notes=stand_in.notes(),
+        notes=(*stand_in.notes(), *_compiled(built.model)),
+    )
+
+
+def _compiled(model: nn.Module) -> tuple[str, ...]:
+    """A note where torch.compile would fuse: what it saves and takes is not known here."""
+    if not any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return ()
+    return (
+        "The model is compiled, and was traced uncompiled: what torch.compile makes it take is "
+        "not known.",
     )
 
 
@@ -161,8 +174,11 @@ def _releases_in_order(changes: Sequence[Change]) -> tuple[Change, ...]:
     of two batches comparable.
     """
     result: list[Change] = []
-    for releasing, run in groupby(changes, lambda change: change.delta_bytes < 0):
-        result += sorted(run, key=lambda change: change.storage or 0) if releasing else run
+    for releasing, group in groupby(changes, lambda change: change.delta_bytes < 0):
+        run = list(group)
+        if releasing:
+            run.sort(key=lambda change: change.storage or 0)
+        result += run
     return tuple(result)
 
 

@@ -239,3 +239,33 @@ def test_traces_under_autocast_make_a_line_too() -> None:
 
     assert made is not None
     assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
+
+
+def test_a_formatted_loss_is_a_value_asked_for() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        result = mean_square(model, batch)
+        assert f"{result.detach():.3f}" == "1.000"
+        return result
+
+    assert "2 times" in " ".join(trace(replace(RESIDUAL, loss=loss), 4, GPU).notes)
+
+
+def test_a_loss_scaler_steps() -> None:
+    def step(context: StepContext) -> None:
+        assert context.optimizer is not None
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(mean_square(context.model, context.batch)).backward()
+        scaler.step(context.optimizer)
+        scaler.update()
+        context.optimizer.zero_grad()
+
+    assert "optimizer_state" in trace(replace(RESIDUAL, loss=None, step=step), 4, GPU).categories
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile", "ignore:`torch.jit")
+def test_a_compiled_model_is_said_to_be_unknown() -> None:
+    def compiled() -> nn.Module:
+        return nn.Sequential(torch.compile(Residual(), backend="eager"))  # type: ignore[list-item]
+
+    assert "not known" in " ".join(trace(replace(RESIDUAL, model=compiled), 4, GPU).notes)
+    assert not trace(RESIDUAL, 4, GPU).notes
