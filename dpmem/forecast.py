@@ -139,6 +139,10 @@ def _table(estimates: list[Estimate], batch: int) -> Table:
             format_bytes(row.total_bytes),
             format_bytes(row.high_bytes),
             "yes" if row.fits else "no",
-            "none" if row.largest_batch is None else str(row.largest_batch),
+            _largest(row.largest_batch),
         )
     return table
+
+
+def _largest(batch: int | None) -> str:
+    return "unknown" if batch is None else str(batch or "none")

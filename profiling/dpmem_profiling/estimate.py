@@ -33,6 +33,9 @@ BAND_BELOW = 0.077
 BAND_ABOVE = 0.074
 # Counted for a context that nobody published: lazy loading, pytorch PR #86509.
 ASSUMED_CONTEXT_BYTES = 287_047_680
+# The search for the largest batch ends, unknown, when this many allocations and releases were
+# traced in vain: half a minute. A step that loops over its samples has more, the more samples.
+MOST_SEARCHED_CHANGES = 40_000
 # In traces; every GPU's own takes its place.
 _WORKSPACE_BYTES = 8_519_680
 
@@ -50,8 +53,8 @@ class Estimate:
     fits                  whether total_bytes is within the GPU's memory; None where that is unknown
     breakdown             bytes by category at the allocated peak; they sum to it
     at_peak               the largest tensors alive then
-    largest_batch         largest batch whose high_bytes the GPU has, None where none is or where
-                          the GPU's memory is unknown
+    largest_batch         largest batch whose high_bytes the GPU has, 0 where not even one sample
+                          has room; None where it is not known, and `notes` says why
     notes                 sentences a reader needs to judge the figures
     """
 
@@ -84,6 +87,10 @@ class Peaks:
     retries: int
 
 
+class SearchTooLong(ValueError):  # noqa: N818 - reads as what it is
+    """The search for the largest batch would trace one large batch after the other."""
+
+
 class Forecast:
     """Forecasts of one job: traced once or twice, then asked for any batch and many GPUs.
 
@@ -104,6 +111,7 @@ class Forecast:
         self._around = around
         self._settings = settings or AllocatorSettings()
         self._traced: dict[Kernels, dict[int, Trace]] = {}
+        self._searched_changes = 0
         self._reserved: dict[tuple[Kernels, int], int] = {}
 
     def trace(self, batch_size: int, gpu: Gpu) -> Trace:
@@ -133,10 +141,13 @@ class Forecast:
             self._reserved[key] = peaks.reserved_bytes
         return self._reserved[key]
 
-    def largest_batch(self, gpu: Gpu) -> int | None:
-        """The largest batch whose upper bound `gpu` has room for; None where one sample has not.
+    def largest_batch(self, gpu: Gpu) -> int:
+        """The largest batch whose upper bound `gpu` has room for; 0 where one sample has not.
 
         Takes the peak to grow with the batch, as it does where nothing else changes with it.
+
+        Raises SearchTooLong where batches run so differently that each must be traced, and what
+        `trace` raises for a batch on the way: a data set may have no more samples.
         """
         room_bytes = gpu.total_bytes - _context_bytes(gpu)
 
@@ -148,7 +159,16 @@ class Forecast:
         # Beginning where it was traced anyway saves a trace.
         batch = min(self._traced.get(_traced_kernels(gpu), ()), default=2)
         while fails is None or fails[0] - fits[0] > 1:
-            if (bytes_needed := upper_bytes(batch)) <= room_bytes:
+            if self._searched_changes > MOST_SEARCHED_CHANGES:
+                raise SearchTooLong(
+                    f"it is {fits[0]} or more; larger batches take too long to trace one by one"
+                )
+            n_traced = len(self._traced.get(_traced_kernels(gpu), ()))
+            bytes_needed = upper_bytes(batch)
+            traced = self._traced[_traced_kernels(gpu)]
+            if len(traced) > max(n_traced, 2):
+                self._searched_changes += len(traced[batch].changes)
+            if bytes_needed <= room_bytes:
                 slope = (bytes_needed - fits[1]) / (batch - fits[0])
                 fits = (batch, bytes_needed)
             else:
@@ -158,7 +178,7 @@ class Forecast:
             guess = fits[0] + int((room_bytes - fits[1]) / max(slope, 1))
             least, most = fits[0] + 1, 2 * batch + 8 if fails is None else fails[0] - 1
             batch = min(max(guess, least), most)
-        return fits[0] or None
+        return fits[0]
 
     def estimate(self, batch_size: int, gpu: Gpu) -> Estimate:
         """What a step at `batch_size` takes on `gpu`."""
@@ -181,6 +201,11 @@ class Forecast:
             notes.append(
                 f"Where the CUDA context is not known, {format_bytes(outside_bytes)} are counted."
             )
+        largest_batch = None
+        try:
+            largest_batch = self.largest_batch(gpu)
+        except Exception as error:  # noqa: BLE001 - the job ran at the batch that was asked about
+            notes.append(f"The largest batch is not known: {' '.join(str(error).split())}")
         return Estimate(
             name=traced.name,
             gpu=gpu.name,
@@ -196,7 +221,7 @@ class Forecast:
             at_peak=largest_at_peak(
                 replayed, traced.storages, lambda number: traced.categories[number]
             ),
-            largest_batch=self.largest_batch(gpu),
+            largest_batch=largest_batch,
             notes=tuple(notes),
         )
 

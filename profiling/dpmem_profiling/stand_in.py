@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +55,29 @@ class StandIn(TorchDispatchMode):
             f"The steps asked {self._asked} times for a tensor's value (.item()) and were told 1 "
             "(True for a bool): if they decide by it, the forecast is of that decision.",
         )
+
+
+@contextmanager
+def as_with_data() -> Iterator[None]:
+    """What decides by a tensor's type or value goes, inside the block, as it does with data.
+
+    f"{loss:.3f}" asks for the value. GradScaler steps: it skips the step where it is told that it
+    found an infinity, and then the optimizer's state would be missing.
+    """
+
+    def format_(tensor: Tensor, specification: str) -> str:
+        if tensor.dim() == 0:
+            return format(tensor.item(), specification)
+        return object.__format__(tensor, specification)
+
+    def step(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return optimizer.step(*args, **kwargs)
+
+    with (
+        mock.patch.object(FakeTensor, "__format__", format_),
+        mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step),
+    ):
+        yield
 
 
 @cache

@@ -8,9 +8,10 @@ also measures real steps. What CUDA does differently from the CPU is in `cuda_se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,7 +32,7 @@ from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Job, build_model, equip, make_batch
 from dpmem_profiling.record import Category
-from dpmem_profiling.stand_in import StandIn
+from dpmem_profiling.stand_in import StandIn, as_with_data
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
 
@@ -127,7 +128,7 @@ def trace(
     stand_in, in_place = StandIn(tracker), InPlaceGradients()
     with torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
         model = _fake_model(job, mode).train()
-        with mode, _data_needed_is_said(), tracker, stand_in, in_place:
+        with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
             with tracker.paused():
                 in_place.calibrate()
             for tensor in _in_order_of_arrival(model):
@@ -147,10 +148,38 @@ def trace(
         batch_size=batch_size,
         storages=tuple(tracker.storages),
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
-        changes=tuple(tracker.changes),
+        changes=_releases_in_order(tracker.changes),
         step_starts=tuple(starts),
-        notes=stand_in.notes(),
+        notes=(*stand_in.notes(), *_compiled(built.model)),
     )
+
+
+def _compiled(model: nn.Module) -> tuple[str, ...]:
+    """A note where torch.compile would fuse: what it saves and takes is not known here."""
+    if not any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    ):
+        return ()
+    return (
+        "The model is compiled, and was traced uncompiled: what torch.compile makes it take is "
+        "not known.",
+    )
+
+
+def _releases_in_order(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The changes, with releases that follow each other by the storages' numbers.
+
+    What goes at once goes in any order: autocast's cache empties by address. One order makes traces
+    of two batches comparable.
+    """
+    result: list[Change] = []
+    for releasing, group in groupby(changes, lambda change: change.delta_bytes < 0):
+        run = list(group)
+        if releasing:
+            run.sort(key=lambda change: change.storage or 0)
+        result += run
+    return tuple(result)
 
 
 def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
@@ -197,7 +226,8 @@ def _fake_batch(job: Job, batch_size: int, mode: FakeTensorMode, tracker: Memory
 
     def arrive(tensor: Tensor) -> Tensor:
         with tracker.paused():
-            copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            # Dense, as Tensor.to makes it: an expanded tensor arrives at full size.
+            copy = torch.empty_like(tensor, requires_grad=False)
         tracker.see(copy)
         return copy
 

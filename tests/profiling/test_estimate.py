@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from dpmem_profiling import AllocatorSettings, Forecast, Job
+from dpmem_profiling import AllocatorSettings, Forecast, Job, StepContext
+from dpmem_profiling import estimate as estimate_module
 from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES, BAND_ABOVE, BAND_BELOW
 from dpmem_profiling.gpus import GPUS, Gpu
 
@@ -72,7 +74,6 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
     for room_mib in (60, 100, 333):
         card = gpu(room_mib * MIB)
         largest = forecast.largest_batch(card)
-        assert largest is not None
         for batch, fits in ((largest, True), (largest + 1, False)):
             needed_bytes = int(forecast.reserved_bytes(batch, card) * (1 + BAND_ABOVE))
             assert (needed_bytes <= card.total_bytes) == fits
@@ -81,7 +82,27 @@ def test_the_largest_batch_is_the_last_that_fits() -> None:
 def test_no_batch_fits_a_gpu_that_is_too_small() -> None:
     estimate = Forecast(JOB).estimate(1, gpu(4 * MIB))
     assert estimate.fits is False
+    assert estimate.largest_batch == 0
+
+
+def test_a_data_set_that_ends_leaves_the_largest_batch_unknown() -> None:
+    samples = torch.zeros(8, WIDTH)
+    estimate = Forecast(replace(JOB, batch=lambda n: samples[:n])).estimate(8, gpu(1 << 30))
+    assert estimate.fits
     assert estimate.largest_batch is None
+    assert "largest batch is not known: Job.batch(" in estimate.notes[-1]
+
+
+def test_a_step_that_loops_over_its_samples_is_not_traced_for_ever() -> None:
+    def accumulate(context: StepContext) -> None:
+        for sample in context.batch.split(1):
+            mean_square(context.model, sample).backward()
+
+    job = replace(JOB, loss=None, optimizer=None, step=accumulate)
+    with mock.patch.object(estimate_module, "MOST_SEARCHED_CHANGES", 1000):
+        estimate = Forecast(job).estimate(4, gpu(1 << 30))
+    assert estimate.largest_batch is None
+    assert "or more" in estimate.notes[-1]
 
 
 def test_a_gpu_that_is_nearly_full_retries_and_says_so() -> None:

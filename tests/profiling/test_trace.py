@@ -216,3 +216,56 @@ def test_nothing_is_left_behind() -> None:
     trace(RESIDUAL, 4, GPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
+
+
+def test_an_expanded_input_arrives_at_its_full_size() -> None:
+    job = replace(RESIDUAL, batch=lambda n: torch.zeros(1, WIDTH).expand(n, -1))
+    traced = trace(job, 16, GPU)
+
+    inputs = {i for i, category in enumerate(traced.categories) if category == "input"}
+    arrived = [c.delta_bytes for c in traced.changes if c.storage in inputs and c.delta_bytes > 0]
+    assert arrived == [16 * WIDTH * 4] * 2
+
+
+def test_traces_under_autocast_make_a_line_too() -> None:
+    # Its cache of cast weights is emptied in the order of addresses, which is anyone's.
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return mean_square(model, batch)
+
+    job = replace(RESIDUAL, model=lambda: nn.Sequential(*(Residual() for _ in range(8))), loss=loss)
+    low, high, traced = (trace(job, n, GPU) for n in (4, 32, 11))
+    made = between(low, high, 11)
+
+    assert made is not None
+    assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
+
+
+def test_a_formatted_loss_is_a_value_asked_for() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        result = mean_square(model, batch)
+        assert f"{result.detach():.3f}" == "1.000"
+        return result
+
+    assert "2 times" in " ".join(trace(replace(RESIDUAL, loss=loss), 4, GPU).notes)
+
+
+def test_a_loss_scaler_steps() -> None:
+    def step(context: StepContext) -> None:
+        assert context.optimizer is not None
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(mean_square(context.model, context.batch)).backward()
+        scaler.step(context.optimizer)
+        scaler.update()
+        context.optimizer.zero_grad()
+
+    assert "optimizer_state" in trace(replace(RESIDUAL, loss=None, step=step), 4, GPU).categories
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile", "ignore:`torch.jit")
+def test_a_compiled_model_is_said_to_be_unknown() -> None:
+    def compiled() -> nn.Module:
+        return nn.Sequential(torch.compile(Residual(), backend="eager"))  # type: ignore[list-item]
+
+    assert "not known" in " ".join(trace(replace(RESIDUAL, model=compiled), 4, GPU).notes)
+    assert not trace(RESIDUAL, 4, GPU).notes
