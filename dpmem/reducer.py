@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -194,6 +195,12 @@ class Reducer:
         """A forward that was to be averaged raised: tell the ranks that will wait for it."""
         if _running_backward() == _NO_BACKWARD:
             self._lockstep.failed(error, "the forward")
+
+    def wait(self, work: "dist.Work | torch.futures.Future[Tensor]") -> Any:
+        """The result of a collective that all ranks of this wrapper take part in."""
+        # On CUDA a wait does not hold the host, and NCCL watches its collectives itself.
+        watched = self._parameters[0].device.type == "cpu"
+        return self._lockstep.wait(work) if watched else work.wait()
 
     def shadow(self) -> None:
         """Take part in one averaged backward of the other ranks, with nothing to contribute."""
@@ -373,9 +380,7 @@ class Reducer:
     def _await(self, number: int) -> Tensor | None:
         """Wait for a bucket; what a communication hook made of it."""
         work = self._works[number]
-        # On CUDA a wait does not hold the host, and NCCL watches its collectives itself.
-        watched = self._parameters[0].device.type == "cpu"
-        reduced = self._lockstep.wait(work) if watched else work.wait()
+        reduced = self.wait(work)
         if isinstance(work, dist.Work):
             return None
         if not isinstance(reduced, Tensor):
@@ -404,12 +409,13 @@ class Reducer:
                 self._launch()
             for number, buffer in enumerate(self._buffers):
                 buffer.arrive(self._await(number), take_stats=self.collect_stats)
+            remote = self._agree_on_unused(missing)
+            self._agree_on_order()
+            self._lockstep.backward_ends()
             self._reset()
             for buffer in self._buffers:
                 buffer.expose(as_views=self._options.as_views)
-            self._expose_missing(missing)
-            self._agree_on_order()
-            self._lockstep.backward_ends()
+            self._expose_missing(missing, remote)
             if not self._options.as_views:
                 for buffer in self._buffers:
                     buffer.release()
@@ -428,12 +434,11 @@ class Reducer:
                 "static_graph out"
             )
 
-    def _expose_missing(self, missing: list[int]) -> None:
-        """Parameters without a gradient here: give them that of the other ranks, if there is one.
+    def _expose_missing(self, missing: list[int], remote: list[int]) -> None:
+        """Parameters without a gradient here: give those in `remote` the other ranks' average.
 
         Whatever was asked for, no rank goes on with another average than the others.
         """
-        remote = self._agree_on_unused(missing)
         for index in remote:
             buffer = self._buffers[self._bucket_of[index]]
             members = [m for m in buffer.members if m.parameter is self._parameters[index]]
@@ -460,7 +465,8 @@ class Reducer:
                 dtype=torch.int32,
                 device=self._parameters[0].device,
             )
-            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._group)
+            maximum = dist.ReduceOp.MAX
+            self.wait(dist.all_reduce(used, op=maximum, group=self._group, async_op=True))
         # Reading it is a wait for the device.
         if not missing and not self._options.static_graph:
             return []
@@ -477,11 +483,12 @@ class Reducer:
         rest = [i for i in reversed(self._trainable) if i not in self._seen]
         place = {index: place for place, index in enumerate(self._trainable)}
         order = [place[index] for index in [*self._seen, *rest]]
+        told = torch.tensor(order, device=self._parameters[0].device)
         first = dist.get_global_rank(self._group, 0)
-        received = [order]
-        dist.broadcast_object_list(received, first, group=self._group)
+        self.wait(dist.broadcast(told, first, group=self._group, async_op=True))
         self._seen = None
-        self._next_order = received[0]
+        # Rank 0 need not read what it said: in a forecast it says it without data.
+        self._next_order = order if dist.get_rank(self._group) == 0 else told.tolist()
 
     def _follow_order(self) -> None:
         """Lay the buckets out as agreed after the first backward."""

@@ -1,6 +1,6 @@
 """What makes ranks hold the same model: agreement at the start, broadcasts from one of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,21 @@ def check_ranks_agree(
         )
 
 
-def broadcast(tensors: Iterable[Tensor], group: dist.ProcessGroup, source: int = 0) -> None:
-    """Give all ranks the values of `source`, a rank of `group`."""
+def broadcast(
+    tensors: Iterable[Tensor],
+    group: dist.ProcessGroup,
+    source: int = 0,
+    *,
+    wait: Callable[[dist.Work], object] = dist.Work.wait,
+) -> None:
+    """Give all ranks the values of `source`, a rank of `group`; `wait` awaits each of them."""
     first = dist.get_global_rank(group, source)
     with torch.no_grad():
         works = [
             dist.broadcast(tensor.detach(), first, group=group, async_op=True) for tensor in tensors
         ]
         for work in works:
-            work.wait()
+            wait(work)
 
 
 def highest_rank(group: dist.ProcessGroup, device: torch.device, *, among: bool) -> int:

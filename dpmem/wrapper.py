@@ -469,7 +469,8 @@ class DataParallel(nn.Module, Joinable):
         source = 0
         if self._join_config.enable:
             source = highest_rank(self.process_group, self.device, among=not joined)
-        broadcast([buffer for _, buffer in buffers], self.process_group, source)
+        values = [buffer for _, buffer in buffers]
+        broadcast(values, self.process_group, source, wait=self._gradients.wait)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

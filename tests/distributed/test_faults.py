@@ -34,7 +34,7 @@ class Doomed:
     def answers(self, ranks: set[int]) -> dict[int, Any]:
         """What these ranks return or raise, within some timeouts of the process group."""
         answers: dict[int, Any] = {}
-        while set(answers) < ranks:
+        while not ranks <= set(answers):
             rank, answer = self.queue.get(timeout=60)
             assert not str(answer).startswith("Traceback"), f"rank {rank}: {answer}"
             answers[rank] = answer
