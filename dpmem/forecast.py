@@ -69,7 +69,7 @@ def forecast_of(job: Job, world_size: int = 1) -> Forecast:
 def _ranks_without_peers(world_size: int) -> Iterator[None]:
     """A process group of which this is rank 0 and the others do not exist."""
     # Importing it registers the backend.
-    from torch.testing._internal.distributed import fake_pg
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
     if dist.is_initialized():
         raise ValueError(
@@ -81,7 +81,7 @@ def _ranks_without_peers(world_size: int) -> Iterator[None]:
     def all_say_the_same(gathered: list[Any], mine: Any, group: Any = None) -> None:
         gathered[:] = [mine] * len(gathered)
 
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=fake_pg.FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=dist.HashStore())
     try:
         with mock.patch.object(dist, "all_gather_object", all_say_the_same):
             yield

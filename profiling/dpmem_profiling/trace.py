@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    _BypassDispatchCache,
 )
 from torch.utils._pytree import tree_map_only
 
@@ -45,6 +46,19 @@ _CPU = torch.device("cpu")
 
 class Untraceable(ValueError):  # noqa: N818 - reads as what it is
     """A job whose step needs data, or does what fake tensors cannot: says what and what to do."""
+
+
+class _Fakes(FakeTensorMode):
+    """Fake tensors whose cache of results keeps no storage alive.
+
+    The cache's keys are the arguments. What hands a storage to an operator (a saved tensor restored
+    over memory that is still there) would see it, and all that it is counted as, live on in a key.
+    """
+
+    def _cache_key(self, state: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        if any(isinstance(argument, torch.UntypedStorage) for argument in args):
+            raise _BypassDispatchCache("a storage is an argument")
+        return super()._cache_key(state, func, args, kwargs)
 
 
 class Kernels(NamedTuple):
@@ -119,7 +133,7 @@ def trace(
     Raises InvalidJob where a factory of the job breaks its promise, Untraceable where its step
     needs data, and whatever the job raises.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _Fakes(allow_non_fake_inputs=True)
     scratch = None if kernels is None else CudaScratch(kernels.cublas_workspace_bytes)
     semantics = nullcontext() if kernels is None else cuda_semantics(kernels.architecture)
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 import dpmem
 from dpmem.forecast import estimate_command, forecast_of
+from dpmem.jobs import owned_tensors
+from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
 from dpmem_profiling.gpus import GPUS
+from dpmem_profiling.trace import Kernels, trace
 
 WIDTH = 256
 
@@ -120,3 +123,21 @@ def test_what_fits_nowhere_is_a_finding(target: str) -> None:
     result = CliRunner().invoke(estimate_command, arguments, standalone_mode=False)
     assert result.return_value == 1
     assert "fits none of these GPUs: it takes" in result.stderr
+
+
+def test_compressed_steps_leave_nothing_behind() -> None:
+    """Several views of one saved tensor, restored together: their memory is gone after a step."""
+
+    size = GPTSize(layers=2, width=64, heads=2, context=64)
+    job = dpmem.Job(
+        partial(ByteGPT, size),
+        lambda n: torch.zeros(n, 65, dtype=torch.int64),
+        next_byte_loss,
+        sgd,
+        wrap=partial(dpmem.wrap, activations="4bit"),
+    )
+    traced = trace(job, 16, Kernels((8, 0), 0), steps=4, owned=owned_tensors)
+    live = [
+        sum(change.delta_bytes for change in traced.changes[:start]) for start in traced.step_starts
+    ]
+    assert live[1] == live[2] == live[3]
