@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch._C import _distributed_c10d as c10d
 from torch.optim import Optimizer
 
 from dpmem.jobs import owned_tensors
@@ -81,7 +82,7 @@ def _ranks_without_peers(world_size: int) -> Iterator[None]:
     def all_say_the_same(gathered: list[Any], mine: Any, group: Any = None) -> None:
         gathered[:] = [mine] * len(gathered)
 
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=dist.HashStore())
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=c10d.HashStore())
     try:
         with mock.patch.object(dist, "all_gather_object", all_say_the_same):
             yield
