@@ -387,3 +387,88 @@ def edited_gradients_are_clipped(rank: int) -> tuple[float, float]:
     expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     optimizer.step()
     return float(wrapped.grad_norm), float(expected)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: int) -> None:
+    for step in range(steps):
+        _loss(kind, model, dist.get_rank(), step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fifty_steps(rank: int, kind: str, optimizer: str) -> float:
+    """The largest relative difference of a parameter to DDP's after 50 steps."""
+    theirs, ours = _pair(kind)
+    make = getattr(torch.optim, optimizer)
+    for model in (theirs, ours):
+        _train(model, make(model.parameters(), lr=1e-4), kind, 50)
+    return max(
+        float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1e-12))
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+def ulps_per_step(rank: int, kind: str) -> float:
+    """How far gradients are from DDP's from the same state, in ulps of each tensor's maximum."""
+    theirs, ours = _pair(kind, bucket_cap_mb=0.01)
+    worst = 0.0
+    for step in range(4):
+        with torch.no_grad():
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                a.copy_(b)
+        for model in (theirs, ours):
+            _loss(kind, model, rank, step).backward()
+        expected, received = _gradients(theirs), _gradients(ours)
+        for name, want in expected.items():
+            have = received[name]
+            assert (want is None) == (have is None)
+            if want is None or have is None or not want.any():
+                continue
+            largest = want.abs().max()
+            ulp = torch.nextafter(largest, largest * 2) - largest
+            worst = max(worst, float((have - want).abs().max() / ulp))
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        for model in (theirs, ours):
+            model.zero_grad()
+    return worst
+
+
+def bytes_held(rank: int, bucket_cap_mb: float) -> dict[str, int]:
+    """Bytes of parameters, gradients and buckets after a backward, as the meter's tracker sees the
+    storages that a step leaves; and what BucketPlan predicts for ours."""
+    from dpmem_profiling.tracker import MemoryTracker
+
+    held = {}
+    for name in ("ours", "DDP", "DDP with views"):
+        model = _make("gpt")
+        tracker = MemoryTracker(torch.device("cpu"), block_bytes=1)
+        wrapped: nn.Module
+        with tracker:
+            for parameter in model.parameters():
+                tracker.see(parameter)
+            if name == "ours":
+                wrapped = dpmem.DataParallel(model, bucket_cap_mb=bucket_cap_mb)
+            else:
+                wrapped = DistributedDataParallel(
+                    model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view="views" in name
+                )
+            for step in range(3):
+                _loss("gpt", wrapped, rank, step).backward()
+                if step < 2:
+                    wrapped.zero_grad()
+        storages = {}
+        for parameter in model.parameters():
+            for tensor in (parameter, parameter.grad):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        held[name] = sum(storages.values())
+        held[f"{name}, live"] = tracker.live_bytes
+        if name == "ours":
+            parameters = sum(p.untyped_storage().nbytes() for p in model.parameters())
+            held["predicted"] = parameters + wrapped._gradients.plan.size_bytes
+            held["parameters"] = parameters
+        del wrapped, model
+    return held
