@@ -434,3 +434,25 @@ def uneven_inputs(rank: int, even: bool) -> tuple[list[float], bool]:
                     model[0].weight -= 0.1 * model[0].weight.grad
                 wrapped.zero_grad()
     return seen, _are_equal_across_ranks([*model.parameters(), *model.buffers()])
+
+
+def compiled(rank: int, which: str) -> list[str]:
+    """torch.compile inside the wrapper, or around it."""
+    # Of torch.compile's own looking at arguments.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    model = Layers()
+    wrapped: nn.Module
+    if which == "inside":
+        wrapped = dpmem.DataParallel(torch.compile(model, backend="aot_eager"))
+    else:
+        wrapped = torch.compile(dpmem.DataParallel(model), backend="aot_eager")
+    different = []
+    for step in range(3):
+        inputs = {other: _input(other + step) for other in range(dist.get_world_size())}
+        expected = averaged(
+            model, lambda model, rank, inputs=inputs: model(inputs[rank]).square().sum()
+        )
+        wrapped(inputs[rank]).square().sum().backward()
+        different += differing(model, expected)
+        model.zero_grad()
+    return different

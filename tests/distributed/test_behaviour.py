@@ -115,3 +115,8 @@ def test_uneven_inputs(ranks: Pool, even: bool, alone: float) -> None:
     assert also
     assert shorter == [round(2 * scale, 4)] * 2
     assert longer == [*shorter, round(alone * scale, 4)]
+
+
+@pytest.mark.parametrize("which", ["inside", "around"])
+def test_compiled_models(ranks: Pool, which: str) -> None:
+    assert ranks(2).run("compiled", which=which) == [[], []]
