@@ -9,6 +9,7 @@ from dpmem.comm_hooks import GradBucket, comm_hook
 from dpmem.config import WrapConfig
 from dpmem.forecast import estimate
 from dpmem.jobs import find_batch_size, report
+from dpmem.scaling import LossScaler
 from dpmem.wrapper import DataParallel, compress, wrap
 from dpmem_profiling import BatchSizeResult, Estimate, Job, MemoryRecord, Probe, StepContext
 
@@ -21,6 +22,7 @@ __all__ = [
     "Estimate",
     "GradBucket",
     "Job",
+    "LossScaler",
     "MemoryRecord",
     "Policy",
     "Probe",

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from dpmem.activations.policy import Policy
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 # A preset's name or a budget such as "6GiB": `Policy.parse`.
 Activations = str
 Shard = Literal["none"]
@@ -13,7 +13,6 @@ Offload = Literal["none"]
 
 # Named in the public signature so that code written today keeps its shape; refused until built.
 _NOT_BUILT = {
-    "precision": {"fp16": "loss scaling"},
     "shard": {"optimizer": "optimizer-state sharding", "parameters": "FSDP2 behind this call"},
     "offload": {"optimizer": "host offload", "parameters": "host offload"},
 }
@@ -23,7 +22,8 @@ _NOT_BUILT = {
 class WrapConfig:
     """The options of `dpmem.wrap`.
 
-    precision       "fp32", or "bf16": autocast inside, floating outputs returned as fp32
+    precision       "fp32"; "bf16" or "fp16": autocast inside, half-precision outputs returned as
+                    fp32; "fp16" with loss scaling inside
     activations     None (stored as autograd stores them), a preset, a byte budget, or a Policy
     max_grad_norm   global 2-norm gradients are clipped to before the optimizer's step
     shard, offload  "none": the only values of this version

@@ -31,6 +31,18 @@ def check_ranks_agree(
         )
 
 
+def check_same(group: dist.ProcessGroup, what: str, mine: object) -> None:
+    """Raises RuntimeError on all ranks where one has another value than rank 0. A collective."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise RuntimeError(
+                f"all ranks must have the same {what}; rank 0 has {everyone[0]} and rank {rank} "
+                f"has {theirs}; give every rank the same"
+            )
+
+
 def broadcast(
     tensors: Iterable[Tensor],
     group: dist.ProcessGroup,

@@ -20,9 +20,11 @@ from dpmem.activations.store import ActivationStore
 from dpmem.config import Activations, Offload, Precision, Shard, WrapConfig
 from dpmem.join import Shadow, active_ranks, any_synchronizes
 from dpmem.local_gradients import LocalGradients
-from dpmem.precision import GradientClip, autocast, check_clippable, upcast_outputs
+from dpmem.optimizer_step import GradientStep, check_clippable, check_scalable
+from dpmem.precision import autocast, upcast_outputs
 from dpmem.reducer import Reducer, ReducerOptions
-from dpmem.replicas import broadcast, check_ranks_agree, highest_rank, maximum
+from dpmem.replicas import broadcast, check_ranks_agree, check_same, highest_rank, maximum
+from dpmem.scaling import LossScaler, scaled_inputs, scaled_outputs
 from dpmem.state_dict import register_plain_keys
 from dpmem_profiling import Category
 
@@ -48,8 +50,14 @@ def wrap(
 
     model          on its device already; its parameters are broadcast from rank 0
     optimizer      the one that updates it; needed where max_grad_norm is given
-    precision      "fp32", or "bf16": forward under autocast, outputs that torch's pytree sees
-                   returned as fp32
+    precision      "fp32"; "bf16" or "fp16": forward under autocast, outputs that torch's pytree
+                   sees returned as fp32. "fp16" scales the loss inside (`LossScaler`): gradients
+                   take the scale on at the outputs and lose it at the inputs and at the step. Until
+                   then `.grad`, and what autograd.grad returns for parameters, carry it:
+                   `unscale_()` takes it off at once. A part of the loss that does not come from
+                   outputs (a penalty on weights) goes through `scale()`. Steps whose gradients are
+                   not finite are skipped. An optimizer that steps on such a model is taken care of
+                   whether it was given here or not
     activations    "lossless", "8bit", "4bit", "2bit", "offload", "4bit+offload" (any bits), a
                    byte budget such as "6GiB", or a `Policy`: how activations are stored between
                    forward and backward; None leaves them to autograd
@@ -81,6 +89,8 @@ def wrap(
             "max_grad_norm is applied at the optimizer's step, so wrap needs the optimizer; "
             "received none; call wrap(model, optimizer, max_grad_norm=...)"
         )
+    if config.precision == "fp16":
+        check_scalable(optimizer, model)
     if optimizer is not None and config.max_grad_norm is not None:
         check_clippable(optimizer, model)
     if process_group is None:
@@ -175,7 +185,8 @@ class DataParallel(nn.Module, Joinable):
 
     _gradients: LocalGradients | Reducer
     _store: ActivationStore | None
-    _clip: GradientClip | None
+    _step: GradientStep | None
+    _scaler: LossScaler | None
 
     def __init__(
         self,
@@ -259,19 +270,43 @@ class DataParallel(nn.Module, Joinable):
     def grad_norm(self) -> Tensor | None:
         """The global gradient norm before clipping, of the last step: an fp32 scalar on the device.
 
-        None before the first step and without max_grad_norm.
+        Measured by steps and by `unscale_`, without a pass of its own. None before the first, and
+        with neither max_grad_norm nor precision="fp16".
         """
-        return None if self._clip is None else self._clip.norm
+        return None if self._step is None else self._step.norm
+
+    @property
+    def scaler(self) -> LossScaler | None:
+        """The loss scale, its counters and its state; None unless precision is "fp16"."""
+        return self._scaler
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss`, unchanged in value: for a part of the loss that does not come from outputs.
+
+        Its gradients take the loss scale on here; without fp16 there is none to take on.
+        """
+        if self._scaler is None:
+            return loss
+        assert self._step is not None
+        return scaled_outputs(loss, self._step.enter)
+
+    def unscale_(self) -> None:
+        """Take the loss scale off `.grad` now, before looking at or changing gradients.
+
+        Sets `grad_norm`. Once per step, after the last backward: further ones put the scale back
+        on. Without fp16 gradients carry none.
+        """
+        if self._scaler is not None:
+            assert self._step is not None
+            self._step.unscale_()
 
     def configure(self, config: WrapConfig, optimizer: torch.optim.Optimizer | None) -> None:
         """Apply `wrap`'s options. Called once, by `wrap`."""
         self._config = config
         self._open_store()
-        if config.max_grad_norm is not None:
-            assert optimizer is not None
-            self._clip = GradientClip(optimizer, self.module, self._gradients, config.max_grad_norm)
-            if isinstance(self._gradients, Reducer):
-                self._gradients.collect_stats = True
+        self._open_step(config.max_grad_norm)
+        if self._step is not None and optimizer is not None:
+            self._step.attach(optimizer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under the configured precision and activation storage."""
@@ -287,14 +322,16 @@ class DataParallel(nn.Module, Joinable):
         if self.device_ids:
             args, kwargs = tree_map_only(Tensor, self._to_device, (args, kwargs))
         saving = self._store if differentiated else None
-        with (
-            self._reporting(synchronize),
-            autocast(self._config.precision, self.device),
-            saving or nullcontext(),
-        ):
-            outputs = self.module(*args, **kwargs)
-        if self._config.precision == "bf16":
-            outputs = upcast_outputs(outputs)
+        with self._reporting(synchronize):
+            scaling = self._step if self._scaler is not None else None
+            if scaling is not None and differentiated:
+                args, kwargs = scaled_inputs((args, kwargs), scaling.leave)
+            with autocast(self._config.precision, self.device), saving or nullcontext():
+                outputs = self.module(*args, **kwargs)
+            if scaling is not None:
+                outputs = scaled_outputs(outputs, scaling.enter)
+            elif self._config.precision == "bf16":
+                outputs = upcast_outputs(outputs)
         if differentiated:
             tensors = [output for output in tree_leaves(outputs) if isinstance(output, Tensor)]
             self._gradients.follow(tensors, synchronize=synchronize)
@@ -383,6 +420,8 @@ class DataParallel(nn.Module, Joinable):
         assert self.process_group is not None
         source = highest_rank(self.process_group, self.device, among=is_last)
         broadcast(self._replicated(buffers=self.forward_sync_buffers), self.process_group, source)
+        if self._scaler is not None:
+            broadcast(self._scaler.tensors(), self.process_group, source)
 
     def owned_tensors(self) -> dict[Category, list[Tensor]]:
         """The memory dpmem itself holds now, by category: buckets and compressed activations."""
@@ -396,8 +435,9 @@ class DataParallel(nn.Module, Joinable):
                 "has a process group of its own, which cannot be pickled; pickle its .module"
             )
         state = self.__dict__.copy()
-        for name in ("process_group", "_gradients", "_store", "_clip"):
+        for name in ("process_group", "_gradients", "_store", "_step"):
             del state[name]
+        state["_scaler"] = None if self._scaler is None else self._scaler.state_dict()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -405,11 +445,15 @@ class DataParallel(nn.Module, Joinable):
         self.process_group = _group_of(None, None)
         self._connect(init_sync=False)
         self._open_store()
+        self._open_step(max_norm=None)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["_scaler"])
 
     def _connect(self, *, init_sync: bool) -> None:
         """Everything that needs the ranks: agreement, a common start, the reducer."""
         self._store = None
-        self._clip = None
+        self._step = None
+        self._scaler = None
         self._divide_by_initial_world_size = True
         named = self._named_parameters()
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
@@ -438,6 +482,17 @@ class DataParallel(nn.Module, Joinable):
         self._store = ActivationStore(
             self.module, self._config.policy, seed=seed, rank=rank, agree=agree
         )
+
+    def _open_step(self, max_norm: float | None) -> None:
+        if self._config.precision == "fp16":
+            group = self.process_group
+            agree = None if group is None else partial(check_same, group)
+            self._scaler = LossScaler(self.device, agree)
+        if max_norm is None and self._scaler is None:
+            return
+        self._step = GradientStep(self.module, self._gradients, max_norm, self._scaler)
+        if isinstance(self._gradients, Reducer):
+            self._gradients.collect_stats = True
 
     @contextmanager
     def _reporting(self, synchronize: bool) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import backward_tasks
     import behaviour_tasks
+    import scaling_tasks
     import tasks
     import torch
     import torch.distributed as dist
@@ -26,7 +27,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         task, arguments = pipe.recv()
         torch.manual_seed(0)
         try:
-            modules = (tasks, backward_tasks, behaviour_tasks)
+            modules = (tasks, backward_tasks, behaviour_tasks, scaling_tasks)
             module = next(module for module in modules if hasattr(module, task))
             result, trace = getattr(module, task)(rank, **arguments), None
         except Exception as error:  # noqa: BLE001 - whatever it is, the test must hear of it

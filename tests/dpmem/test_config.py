@@ -14,9 +14,8 @@ from dpmem.units import parse_bytes
         (
             {"precision": "fp8"},
             ValueError,
-            "precision must be one of 'fp32', 'bf16'; received 'fp8'",
+            "precision must be one of 'fp32', 'bf16', 'fp16'; received 'fp8'",
         ),
-        ({"precision": "fp16"}, NotImplementedError, "needs loss scaling"),
         ({"activations": "3bit"}, ValueError, "activations must be one of None, 'lossless'"),
         ({"activations": 4.5}, ValueError, "a budget such as '6GiB', or a Policy; received 4.5"),
         ({"shard": "optimizer"}, NotImplementedError, "needs optimizer-state sharding"),

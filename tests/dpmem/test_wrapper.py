@@ -89,11 +89,27 @@ def test_channels_last_gradients_are_clipped() -> None:
     assert torch.allclose(model.weight.grad, plain.weight.grad, rtol=1e-5)
 
 
-def test_closure_with_clipping_is_refused() -> None:
+def test_a_closures_gradients_are_clipped() -> None:
     model = gpt()
-    _, optimizer = dpmem.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=1.0)
-    with pytest.raises(RuntimeError, match="a closure would compute the gradients inside it"):
-        optimizer.step(lambda: 0.0)
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), max_grad_norm=0.05
+    )
+
+    def closure() -> Tensor:
+        loss = next_byte_loss(ours, windows())
+        loss.backward()
+        return loss.detach()
+
+    assert float(optimizer.step(closure=closure)) > 0
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.05, rel=1e-4)
+    assert float(ours.grad_norm) > 0.05
+
+
+def test_lbfgs_with_clipping_is_refused() -> None:
+    model = gpt()
+    with pytest.raises(ValueError, match="must evaluate once a step; received LBFGS"):
+        dpmem.wrap(model, torch.optim.LBFGS(model.parameters()), max_grad_norm=1.0)
 
 
 def test_sparse_gradients_are_clipped() -> None:

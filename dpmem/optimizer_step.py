@@ -1,0 +1,358 @@
+"""Between backward and the optimizer's update: unscale, clip, skip, as one device scalar.
+
+A step pre-hook reads the gradients' statistics (taken while each bucket was warm), computes one
+factor on the device, and multiplies gradients by it in one pass; where it is exactly 1 nothing
+moves. torch's fused optimizers take loss scale and flag themselves, so that pass is theirs.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from dpmem.local_gradients import LocalGradients
+from dpmem.reducer import Reducer
+from dpmem.scaling import LossScaler, rescaled
+from dpmem_kernels import grad_scale_
+
+# torch.nn.utils.clip_grad_norm_ adds the same, so that both clip to the same coefficient.
+_NORM_EPSILON = 1e-6
+
+# What the statistics kernels read; complex64 as pairs of float32.
+_CLIPPABLE = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+
+_HOOKS: "weakref.WeakKeyDictionary[Optimizer, _Hook]" = weakref.WeakKeyDictionary()
+# Those whose gradients are scaled: no optimizer may update with them unseen.
+_SCALING: "weakref.WeakSet[GradientStep]" = weakref.WeakSet()
+
+
+def check_clippable(optimizer: Optimizer, model: nn.Module) -> None:
+    """Can `optimizer`'s step clip the gradients of `model`?
+
+    Raises ValueError where it holds others than the model's parameters, or not all of those that
+    require gradients, or clips for another wrapper already, or evaluates more than once a step;
+    TypeError for parameters whose gradients the kernels cannot read.
+    """
+    named = list(model.named_parameters())
+    _check_holds_only(optimizer, named, "max_grad_norm clips")
+    _check_holds_all(optimizer, named)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in _CLIPPABLE:
+            raise TypeError(
+                "gradients that are clipped must be float32, bfloat16, float16 or complex64; "
+                f"parameter {name!r} is {parameter.dtype}; convert it, or use "
+                "torch.nn.utils.clip_grad_norm_ yourself"
+            )
+    _check_free(optimizer)
+
+
+def check_scalable(optimizer: Optimizer | None, model: nn.Module) -> None:
+    """Can the gradients of `model` be scaled for fp16, and `optimizer`, if any, unscale them?
+
+    Raises ValueError for an optimizer that also holds others than the model's parameters, serves
+    another wrapper or evaluates more than once a step; TypeError for parameters that are not
+    float32 or bfloat16: fp16 gradients have no room to be unscaled in.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(
+                "precision='fp16' computes in fp16 and keeps parameters in float32 or bfloat16; "
+                f"parameter {name!r} is {parameter.dtype}; convert the model with .float()"
+            )
+    if optimizer is not None:
+        named = list(model.named_parameters())
+        _check_holds_only(optimizer, named, "precision='fp16' unscales")
+        _check_free(optimizer)
+
+
+class GradientStep:
+    """Unscales, measures and clips the gradients of one wrapped model before optimizers step.
+
+    The coefficient is torch.nn.utils.clip_grad_norm_'s, min(1, max_norm / (norm + 1e-6)). With a
+    scaler, a step whose gradients are not finite (or whose norm exceeds fp32) changes neither
+    parameters nor optimizer state; without one, gradients of a non-finite norm become non-finite,
+    they are not hidden.
+
+    Parameters may be frozen and unfrozen, and added to the optimizer, between steps.
+
+    Ranks need not talk: after the all-reduce they hold the same bits, and the sums are taken in an
+    order that does not depend on threads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gradients: LocalGradients | Reducer,
+        max_norm: float | None,
+        scaler: LossScaler | None,
+    ) -> None:
+        self._parameters = list(model.named_parameters())
+        self._model = model
+        self._gradients = gradients
+        self._max_norm = max_norm
+        self._scaler = scaler
+        # True from the first gradient that enters scaled until they are unscaled.
+        self._scaled = False
+        # The flag of gradients that were unscaled and that the scaler has not heard of.
+        self._unreported: Tensor | None = None
+        self.norm: Tensor | None = None
+        if scaler is not None:
+            _SCALING.add(self)
+            _watch_all_optimizers()
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hook `optimizer`'s steps."""
+        if optimizer in _HOOKS:
+            _HOOKS[optimizer].remove()
+        _HOOKS[optimizer] = _Hook(self, optimizer)
+
+    def serves(self, optimizer: Optimizer) -> bool:
+        """True where `optimizer` updates a parameter of the wrapped model."""
+        return not _held(optimizer).isdisjoint(id(p) for _, p in self._parameters)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Hook an optimizer that `wrap` was not given. Raises what check_scalable raises."""
+        check_scalable(optimizer, self._model)
+        if self._max_norm is not None:
+            check_clippable(optimizer, self._model)
+        self.attach(optimizer)
+
+    def check_holds(self, optimizer: Optimizer) -> bool:
+        """Does `optimizer` hold every parameter that requires a gradient?
+
+        Raises ValueError where it holds others than the model's, or misses some that are clipped.
+        """
+        doing = "max_grad_norm clips" if self._scaler is None else "precision='fp16' unscales"
+        _check_holds_only(optimizer, self._parameters, doing)
+        if self._max_norm is not None:
+            _check_holds_all(optimizer, self._parameters)
+        return not _absent(optimizer, self._parameters)
+
+    def trainable(self) -> list[bool]:
+        """Which parameters require a gradient now."""
+        return [parameter.requires_grad for _, parameter in self._parameters]
+
+    def enter(self, gradient: Tensor) -> Tensor:
+        """A gradient as it enters the module: times the scale."""
+        assert self._scaler is not None
+        if not self._scaled:
+            self._report()
+            # What was not set to None since the last step is added to, so it needs the new scale.
+            with torch.no_grad():
+                grad_scale_(self._gradients.gradients(), self._scaler.scale)
+            self._scaled = True
+        return rescaled(gradient, self._scaler.scale)
+
+    def leave(self, gradient: Tensor) -> Tensor:
+        """A gradient as it leaves through an input: without the scale."""
+        assert self._scaler is not None
+        return rescaled(gradient, self._inverse_scale())
+
+    @torch.no_grad()
+    def unscale_(self) -> None:
+        """Unscale the gradients now, for people who look at them, and take their norm."""
+        if self._scaled and self._measure() is not None:
+            grad_scale_(self._gradients.gradients(), self._inverse_scale())
+        self._scaled = False
+
+    @torch.no_grad()
+    def finish(self, *, fused: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' last pass before an update: (what fused is left to divide by, flag).
+
+        Without `fused` they are multiplied here, and there is nothing to divide by.
+        """
+        was_scaled = self._scaled
+        found_inf = self._measure()
+        self._scaled = False
+        if found_inf is None:
+            return None, None
+        assert self.norm is not None
+        factor = self._inverse_scale() if was_scaled else torch.ones_like(self.norm)
+        if self._max_norm is not None:
+            factor = factor * (self._max_norm / (self.norm + _NORM_EPSILON)).clamp(max=1.0)
+        if self._scaler is None:
+            grad_scale_(self._gradients.gradients(), factor)
+            return None, None
+        self._report()
+        if fused:
+            return factor.reciprocal(), found_inf
+        grad_scale_(self._gradients.gradients(), factor)
+        return None, found_inf
+
+    def _measure(self) -> Tensor | None:
+        """Set the norm; 1.0 where a gradient is not finite, None where there is no gradient."""
+        stats = self._gradients.stats()
+        if not stats:
+            self.norm = None
+            return None
+        squares = torch.stack([part.sum_of_squares.double() for part in stats])
+        norm = squares.sum().sqrt().float()
+        found_inf = torch.stack([part.found_inf for part in stats]).amax()
+        if self._scaled:
+            norm = norm * self._inverse_scale()
+        self.norm = norm
+        if self._scaler is not None:
+            found_inf = torch.maximum(found_inf, (~norm.isfinite()).float())
+            if self._scaled:
+                self._unreported = found_inf
+            elif self._unreported is not None:
+                self._unreported = torch.maximum(found_inf, self._unreported)
+        return found_inf
+
+    def _report(self) -> None:
+        if self._unreported is not None:
+            assert self._scaler is not None
+            self._scaler.update(self._unreported)
+            self._unreported = None
+
+    def _inverse_scale(self) -> Tensor:
+        assert self._scaler is not None
+        return self._scaler.scale.double().reciprocal().float()
+
+
+class _Hook:
+    """One optimizer's step hooks: it may outlive the wrapper, and does not keep it."""
+
+    def __init__(self, step: GradientStep, optimizer: Optimizer) -> None:
+        self.step = weakref.ref(step)
+        # What was found of the optimizer's parameters, and of which state of things.
+        self._checked: object = None
+        self._holds_all = False
+        # torch's own mark of optimizers that take `grad_scale` and `found_inf`.
+        self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        # torch's fused SGD leaves its momentum uninitialised where its first step is skipped.
+        self._has_stepped = False
+        self._skipped: list[tuple[nn.Parameter, Tensor]] = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        step = self.step()
+        if step is None:
+            raise RuntimeError(
+                "this optimizer's step was to clip or unscale the gradients of a wrapped model, "
+                "which is gone; train through the model that wrap returned, or wrap again"
+            )
+        now = ([len(group["params"]) for group in optimizer.param_groups], step.trainable())
+        if now != self._checked:
+            self._holds_all = step.check_holds(optimizer)
+            self._checked = now
+            # Parameters that are new to the optimizer take their first step.
+            self._has_stepped = False
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._finish(step, optimizer)
+            return None
+        calls = 0
+
+        def once() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise RuntimeError(
+                    "a step that clips or unscales must evaluate its closure once; this optimizer "
+                    "did so twice; use one that needs the gradients once a step"
+                )
+            loss = closure()
+            self._finish(step, optimizer)
+            return loss
+
+        return (args[0], once, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _finish(self, step: GradientStep, optimizer: Any) -> None:
+        on_device = self._fused and self._has_stepped
+        divisor, found_inf = step.finish(fused=on_device and self._holds_all)
+        if found_inf is None:
+            return
+        if on_device:
+            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
+        elif found_inf.item():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._skipped.append((parameter, parameter.grad))
+                        parameter.grad = None
+        else:
+            self._has_stepped = True
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for parameter, gradient in self._skipped:
+            parameter.grad = gradient
+        self._skipped = []
+        if hasattr(optimizer, "found_inf"):
+            del optimizer.grad_scale, optimizer.found_inf
+
+
+def _watch_all_optimizers() -> None:
+    """Once: see to it that no optimizer updates with gradients that carry a scale."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_adopt))
+
+
+_watching: list[Any] = []
+
+
+def _adopt(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if optimizer not in _HOOKS:
+        for step in list(_SCALING):
+            if step.serves(optimizer):
+                step.adopt(optimizer)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+_Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def _check_holds_only(optimizer: Optimizer, parameters: _Named, doing: str) -> None:
+    strangers = len(_held(optimizer) - {id(parameter) for _, parameter in parameters})
+    if strangers:
+        raise ValueError(
+            f"{doing} the gradients of the wrapped model, so the optimizer must "
+            f"hold only its parameters; {strangers} belong to no part of the model; give them "
+            "an optimizer of their own"
+        )
+
+
+def _absent(optimizer: Optimizer, parameters: _Named) -> list[str]:
+    held = _held(optimizer)
+    return [name for name, p in parameters if p.requires_grad and id(p) not in held]
+
+
+def _check_holds_all(optimizer: Optimizer, parameters: _Named) -> None:
+    absent = _absent(optimizer, parameters)
+    if absent:
+        raise ValueError(
+            "max_grad_norm clips at the optimizer's step, so the optimizer must hold every "
+            f"parameter that requires a gradient; {len(absent)} are not in it, such as "
+            f"{absent[0]!r}; add_param_group them, or with several optimizers call "
+            "torch.nn.utils.clip_grad_norm_ yourself"
+        )
+
+
+def _check_free(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(  # noqa: TRY004 - an optimizer it is, only not one for this
+            "an optimizer whose gradients are clipped or unscaled at its step must evaluate once a "
+            "step; received LBFGS, which evaluates its closure many times; use precision='fp32' or "
+            "'bf16' and max_grad_norm=None with it"
+        )
+    hook = _HOOKS.get(optimizer)
+    if hook is not None and hook.step() is not None:
+        raise ValueError(
+            "an optimizer's step clips or unscales once; this one does so for another wrapped "
+            "model; delete that wrapper first, or make a new optimizer"
+        )
