@@ -1,0 +1,223 @@
+"""The time of a training step on two ranks, dpmem's beside DistributedDataParallel's.
+
+python examples/data_parallel/step_time.py [--pairs 60]
+
+Two processes over gloo train the same model both ways in turns: a step of one, then one of the
+other, the order changing. The ratio's median over the pairs and its 95 % interval (order
+statistics: no distribution is assumed). Losses are compared first: a row whose two ways do not
+train alike is refused. Also the Python time of our hooks per parameter. Writes
+reports/bench/step-time.{md,json}.
+"""
+
+import argparse
+import copy
+import cProfile
+import json
+import math
+import pstats
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import dpmem
+from dpmem.text_gpt import ByteGPT, GPTSize
+
+OUT = Path(__file__).parents[2] / "reports" / "bench" / "step-time"
+MAX_NORM = 1.0
+Step = Callable[[], float]
+
+
+def transformer() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A byte-level GPT of 4.8 M parameters, 8 windows of 128 bytes."""
+    torch.manual_seed(0)
+    model = ByteGPT(GPTSize(layers=6, width=256, heads=4, context=128))
+    rank = dist.get_rank()
+    tokens = torch.randint(0, 256, (8, 129), generator=torch.Generator().manual_seed(rank))
+
+    def loss(model: nn.Module) -> Tensor:
+        logits = model(tokens[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    return model, loss
+
+
+def conv_net() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Convolutions with batch norm, 2.8 M parameters, 16 images of 32 x 32."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 128, 256, 256, 512):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)]
+        channels = width
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+    noise = torch.Generator().manual_seed(dist.get_rank())
+    images, labels = (
+        torch.randn(16, 3, 32, 32, generator=noise),
+        torch.randint(0, 10, (16,), generator=noise),
+    )
+    return model, lambda model: F.cross_entropy(model(images).float(), labels)
+
+
+MODELS = {"transformer": transformer, "conv net": conv_net}
+WAYS = ("averaging", "clipping and fp16 scaling")
+
+
+def ours(way: str, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step:
+    """A step with dpmem.wrap."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    if way == "averaging":
+        wrapped, _ = dpmem.wrap(model)
+    else:
+        wrapped, _ = dpmem.wrap(model, optimizer, precision="fp16", max_grad_norm=MAX_NORM)
+
+    def step() -> float:
+        value = loss(wrapped)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value)
+
+    return step
+
+
+def theirs(way: str, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Step:
+    """The same with DistributedDataParallel, GradScaler and clip_grad_norm_."""
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+    if way == "averaging":
+
+        def step() -> float:
+            value = loss(wrapped)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(value)
+
+        return step
+    scaler = torch.amp.GradScaler("cpu")
+
+    def scaled_step() -> float:
+        with torch.autocast("cpu", torch.float16):
+            value = loss(wrapped)
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return float(value)
+
+    return scaled_step
+
+
+def pair_up(first: Step, second: Step, pairs: int) -> list[float]:
+    """Seconds of `first` over seconds of `second`, in turns."""
+    ratios = []
+    for turn in range(pairs):
+        seconds = {}
+        for step in (first, second) if turn % 2 else (second, first):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            seconds[step] = time.perf_counter() - start
+        ratios.append(seconds[first] / seconds[second])
+    return sorted(ratios)
+
+
+def hook_time_us(step: Step, parameters: int) -> float:
+    """Python time of dpmem's own functions in a step, per parameter, under a profiler."""
+    profile = cProfile.Profile()
+    steps = 10
+    profile.enable()
+    for _ in range(steps):
+        step()
+    profile.disable()
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    own = sum(
+        entry[2]
+        for (file, _, _), entry in stats.items()
+        if "/dpmem/" in file and Path(file).name not in ("text_gpt.py", "lockstep.py")
+    )
+    return 1e6 * own / steps / parameters
+
+
+def measure(rank: int, scratch: str, pairs: int) -> None:
+    """One rank's part."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{scratch}/rendezvous", rank=rank, world_size=2
+    )
+    rows: list[dict[str, Any]] = []
+    for name, make in MODELS.items():
+        for way in WAYS:
+            model, loss = make()
+            parameters = len(list(model.parameters()))
+            first, second = ours(way, copy.deepcopy(model), loss), theirs(way, model, loss)
+            for _ in range(3):
+                mine, other = first(), second()
+            if abs(mine / other - 1) > (1e-6 if way == "averaging" else 1e-2):
+                raise AssertionError(f"{name}, {way}: losses {mine} and {other}")
+            ratios = pair_up(first, second, pairs)
+            reach = 1.96 * math.sqrt(pairs) / 2
+            rows.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "pairs": pairs,
+                    "ratio": statistics.median(ratios),
+                    "ratio_low": ratios[max(0, math.floor(pairs / 2 - reach))],
+                    "ratio_high": ratios[min(pairs - 1, math.ceil(pairs / 2 + reach))],
+                    "at_most": 1.05 if way == "averaging" else 1.02,
+                    "hook_us_per_parameter": hook_time_us(first, parameters),
+                }
+            )
+            if rank == 0:
+                print(rows[-1], flush=True)
+    if rank == 0:
+        (Path(scratch) / "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Time, and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=60)
+    pairs = parser.parse_args().pairs
+    with tempfile.TemporaryDirectory() as scratch:
+        mp.spawn(measure, (scratch, pairs), nprocs=2)  # type: ignore[no-untyped-call]
+        rows = json.loads((Path(scratch) / "rows.json").read_text())
+    OUT.with_suffix(".json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    lines = [
+        "# Step time on two gloo ranks, as a multiple of DistributedDataParallel's",
+        "",
+        f"Made by `python examples/data_parallel/step_time.py --pairs {pairs}`, torch "
+        f"{torch.__version__}, two processes of one thread on two cores. Asked is the upper end",
+        "of the 95 % interval.",
+        "",
+        "| model | the step | ratio | 95 % | asked | | our hooks, us per parameter |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        met = "met" if row["ratio_high"] <= row["at_most"] else "missed"
+        lines.append(
+            f"| {row['model']} | {row['way']} | {row['ratio']:.3f} "
+            f"| {row['ratio_low']:.3f} to {row['ratio_high']:.3f} | at most {row['at_most']} "
+            f"| {met} | {row['hook_us_per_parameter']:.1f} |"
+        )
+    OUT.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
