@@ -277,14 +277,14 @@ class _Hook:
             return
         if on_device:
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
-        elif found_inf.item():
+        elif (found_inf == 0).item():  # a forecast's tensors answer True: its steps are taken
+            self._has_stepped = True
+        else:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._skipped.append((parameter, parameter.grad))
                         parameter.grad = None
-        else:
-            self._has_stepped = True
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for parameter, gradient in self._skipped:

@@ -389,3 +389,17 @@ def test_without_fp16_there_is_no_scale() -> None:
     assert ours.scaler is None
     assert ours.scale(loss) is loss
     ours.unscale_()
+
+
+def test_a_forecast_takes_its_steps() -> None:
+    """Tensors without data cannot say that they are finite; the optimizer's state must count."""
+    job = dpmem.Job(
+        model=network,
+        batch=lambda n: torch.randn(n, 16),
+        loss=lambda model, x: model(x).square().mean(),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+        wrap=lambda model, optimizer: dpmem.wrap(model, optimizer, precision="fp16"),
+    )
+    estimate = dpmem.estimate(job, batch_size=4, gpu="h100-80gb")
+    parameter_bytes = sum(p.numel() * p.element_size() for p in network().parameters())
+    assert estimate.breakdown["optimizer_state"] >= 2 * parameter_bytes
