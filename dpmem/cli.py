@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dpmem import __version__
+from dpmem.finder import find_batch_size
 from dpmem.forecast import estimate_command
 from dpmem.jobs import (
     checked_budget,
     default_device,
     explain_too_small,
-    find_batch_size,
     is_out_of_memory,
     measure_job,
 )
