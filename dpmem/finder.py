@@ -264,11 +264,11 @@ def _as_job(
         step(len(context.batch))
 
     models = [held for held in state if isinstance(held, nn.Module)]
-    optimizer = next((held for held in state if isinstance(held, Optimizer)), None)
+    optimizers = [held for held in state if isinstance(held, Optimizer)]
     # The step makes its own batch: what a Job's would be holds nothing.
     own = Job(
         model=lambda: _AsTheyAre(models),
-        optimizer=None if optimizer is None else (lambda parameters: optimizer),
+        optimizer=(lambda parameters: optimizers[0]) if optimizers else None,
         batch=lambda n: torch.empty(n, 0),
         step=run,
     )
