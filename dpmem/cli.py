@@ -13,12 +13,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dpmem import __version__
+from dpmem.finder import find_batch_size
 from dpmem.forecast import estimate_command
 from dpmem.jobs import (
     checked_budget,
     default_device,
     explain_too_small,
-    find_batch_size,
     is_out_of_memory,
     measure_job,
 )
@@ -44,6 +44,7 @@ from dpmem_profiling import (
     terminal_table,
     write_report,
 )
+from dpmem_profiling.gpus import gpu as gpu_named
 
 if TYPE_CHECKING:
     from dpmem.demo import DemoResult
@@ -122,18 +123,28 @@ def _print_demo(result: "DemoResult") -> None:
 @cli.command("find-batch-size")
 @click.argument("target")
 @click.option("--budget", type=ByteSize(), help="Bytes a step may hold. Needed without a GPU.")
+@click.option("--gpu", help="Predict for this GPU, which need not be here, such as a100-40gb.")
 @as_json
-def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> int:
+def find_batch_size_command(target: str, budget: int | None, gpu: str | None, as_json: bool) -> int:
     """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
+    if gpu is not None and budget is not None:
+        raise click.UsageError("--gpu knows its memory; received --budget, too; give one of them")
     job = load_job(target)
-    limit_bytes = checked_budget(budget, default_device())
+    limit_bytes: int | None
+    if gpu is None:
+        limit_bytes = checked_budget(budget, default_device())
+    else:
+        limit_bytes = None
+        # A wrong name is the command's fault, not the job's.
+        gpu_named(gpu)
 
     def run(progress: Callable[[str, float], None]) -> BatchSizeResult:
         def on_probe(probe: Probe) -> None:
             progress(f"batch {probe.batch}: {_probe_words(probe)}", 0.5)
 
         return run_job(
-            target, lambda: find_batch_size(job, budget_bytes=limit_bytes, on_probe=on_probe)
+            target,
+            lambda: find_batch_size(job, budget_bytes=limit_bytes, gpu=gpu, on_probe=on_probe),
         )
 
     result = _with_progress("finding the batch size", run)
@@ -141,6 +152,11 @@ def find_batch_size_command(target: str, budget: int | None, as_json: bool) -> i
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
         Console().print(_batch_table(result))
+    if result.largest_safe is None and gpu is not None:
+        return finding(
+            f"no batch is safe on {gpu}: {result.limited_by}; "
+            "what would help: activations='2bit', shorter or smaller samples, a larger GPU"
+        )
     if result.largest_safe is None:
         return finding(run_job(target, lambda: explain_too_small(job, result)))
     return 0
@@ -244,7 +260,8 @@ def _batch_table(result: BatchSizeResult) -> Table:
 def _probe_words(probe: Probe) -> str:
     if probe.outcome == "error":
         return "error"
-    return f"{probe.outcome}, {bytes_or_unknown(probe.allocated_bytes)}"
+    size_bytes = probe.predicted_bytes if probe.allocated_bytes is None else probe.allocated_bytes
+    return f"{probe.outcome}, {bytes_or_unknown(size_bytes)}"
 
 
 def _demo_json(result: "DemoResult") -> dict[str, Any]:

@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dpmem.config import Activations, Precision
+from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
     default_device,
     explain_too_small,
-    find_batch_size,
     measure_job,
 )
 from dpmem.precision import autocast

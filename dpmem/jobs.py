@@ -1,26 +1,22 @@
-"""What people do with a Job: measure it, find its batch size, report on it."""
+"""What people do with a Job: measure it, report on it, explain why it does not fit."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dpmem.targets import describe
 from dpmem.wrapper import DataParallel
 from dpmem_profiling import (
     BatchSizeResult,
     Category,
-    InvalidJob,
     Job,
     MemoryLimitExceeded,
     MemoryRecord,
-    Probe,
     ReportFiles,
     format_bytes,
     measure,
-    search,
     write_report,
 )
 
@@ -122,69 +118,6 @@ def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
     return budget_bytes
 
 
-def find_batch_size(
-    job: Job,
-    *,
-    budget_bytes: int | None = None,
-    device: torch.device | None = None,
-    on_probe: Callable[[Probe], None] | None = None,
-) -> BatchSizeResult:
-    """The largest batch of `job` whose training step stays within memory, by a few real steps.
-
-    budget_bytes  tensor bytes a step may hold. Needed on the CPU, where memory is shared with
-                  everything else; on CUDA the default is what the device has free now.
-    on_probe      told of every batch tried
-
-    Every probe builds the job anew and runs it under the limit: a step that would exceed it is
-    stopped there, before the machine is. 2% of the limit stay free for `largest_safe`. A batch at
-    which the job raises is not the end (batch normalization refuses one sample): the search goes
-    on with others.
-
-    Raises ValueError for a budget that is not positive or more than the machine has, and for none
-    on the CPU; InvalidJob, a ValueError, where a factory of the job breaks its promise, such as a
-    batch function that ignores its size; torch.AcceleratorError where the device is lost; and the
-    job's first error where it raised at every batch tried.
-    """
-    device = device or default_device()
-    limit_bytes = checked_budget(budget_bytes, device)
-    failures: list[Exception] = []
-
-    def probe(batch: int) -> Probe:
-        try:
-            record = _measure_within(job, batch, device, limit_bytes)
-        except InvalidJob:
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                # At least this much: the step was stopped as it crossed the limit.
-                live_bytes = error.live_bytes if isinstance(error, MemoryLimitExceeded) else None
-                return Probe(batch, "oom", allocated_bytes=live_bytes)
-            if isinstance(error, torch.AcceleratorError):
-                # The device's context is lost: whatever came next would fail for that alone.
-                raise
-            failures.append(error)
-            return Probe(batch, "error", error=describe(error))
-        return Probe(
-            batch,
-            "fits",
-            allocated_bytes=record.peak_allocated_bytes,
-            reserved_bytes=record.peak_reserved_bytes,
-            device_bytes=record.device_bytes,
-            seconds=record.step_s,
-            peak_by_phase=record.peak_by_phase,
-        )
-
-    result = search(
-        probe,
-        limit_bytes=limit_bytes,
-        margin_bytes=int(limit_bytes * MARGIN_FRACTION),
-        on_probe=on_probe,
-    )
-    if len(failures) == len(result.probes):
-        raise failures[0]
-    return result
-
-
 def explain_too_small(job: Job, result: BatchSizeResult, device: torch.device | None = None) -> str:
     """Why not even the smallest batch fits: by how much, what takes the room, what would help.
 
@@ -204,7 +137,7 @@ def explain_too_small(job: Job, result: BatchSizeResult, device: torch.device | 
     memory = device_memory_bytes(device)
     spare_bytes = 0 if memory is None else memory[0] // 2
     try:
-        record = _measure_within(job, batch, device, max(result.limit_bytes, spare_bytes))
+        record = measure_within(job, batch, device, max(result.limit_bytes, spare_bytes))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -252,7 +185,10 @@ def report(
     return write_report([record], Path(out), title=job.name or "Where the bytes go")
 
 
-def _measure_within(job: Job, batch: int, device: torch.device, limit_bytes: int) -> MemoryRecord:
+def measure_within(
+    job: Job, batch: int, device: torch.device, limit_bytes: int | None
+) -> MemoryRecord:
+    """What a probe measures. Raises MemoryLimitExceeded where a step exceeds the limit."""
     # One step to make the optimizer's state and the buckets, one to record, one to time.
     return measure(
         job,

@@ -67,7 +67,8 @@ def measure(
     with _random_states_kept(), _garbage_collected():
         try:
             return _measure(job, batch_size, where, warmup_steps, owned, limit_bytes, world_size)
-        except Exception as error:
+        except BaseException as error:
+            # Ctrl-C, too, holds the frames that it interrupted.
             _let_go(error)
             raise
 

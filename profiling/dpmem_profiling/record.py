@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 Category = Literal[
     "parameter",
@@ -181,6 +181,13 @@ class Probe:
     error: str | None = None
 
 
+class Accumulation(NamedTuple):
+    """A large batch in parts: `steps` times forward and backward of `batch` samples."""
+
+    batch: int
+    steps: int
+
+
 @dataclass(frozen=True)
 class BatchSizeResult:
     """The outcome of a batch-size search.
@@ -205,6 +212,20 @@ class BatchSizeResult:
     probes: tuple[Probe, ...]
     curve: tuple[tuple[int, int], ...]
     limited_by: str
+
+    def accumulation_for(self, target: int) -> Accumulation:
+        """How to train at a batch of `target` samples: the largest safe batch that divides it.
+
+        With largest_safe=12 a target of 64 takes 8 steps of 8 samples.
+
+        Raises ValueError for a target below 1 and where no batch is safe.
+        """
+        if target < 1:
+            raise ValueError(f"target must be at least 1; got {target}")
+        if self.largest_safe is None:
+            raise ValueError(f"no batch is safe, so none can be accumulated: {self.limited_by}")
+        batch = max(n for n in range(1, min(target, self.largest_safe) + 1) if target % n == 0)
+        return Accumulation(batch, target // batch)
 
     def to_json(self) -> dict[str, Any]:
         """The result as a dictionary that `json.dumps` takes."""

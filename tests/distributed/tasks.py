@@ -472,3 +472,28 @@ def bytes_held(rank: int, bucket_cap_mb: float) -> dict[str, int]:
             held["parameters"] = parameters
         del wrapped, model
     return held
+
+
+def find_batch_size(rank: int, budgets: list[int], raises_on: int | None = None) -> Any:
+    """What each rank finds for a wrapped job of its own budget."""
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        if rank == raises_on:
+            raise KeyError("no such token")
+        return model(batch).square().mean()
+
+    job = dpmem.Job(
+        model=lambda: nn.Linear(64, 64),
+        batch=lambda n: torch.randn(n, 64),
+        loss=loss,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters),
+        wrap=None if raises_on is not None else (lambda m, o: (DistributedDataParallel(m), o)),
+    )
+    result = dpmem.find_batch_size(
+        job,
+        budget_bytes=budgets[rank],
+        device=torch.device("cpu"),
+        across_ranks=True,
+        timeout_s=20,
+    )
+    return result.largest_safe, result.largest_fitting, [done.batch for done in result.probes]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dpmem import jobs
+from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
     device_memory_bytes,
     explain_too_small,
-    find_batch_size,
     is_out_of_memory,
 )
 from dpmem_profiling import BatchSizeResult, InvalidJob, Job, MemoryLimitExceeded

@@ -1,0 +1,282 @@
+"""`find_batch_size`: the search over a job, over a step, or over a run that is under way.
+
+All three are one: a run under way is a job whose factories return what is there, within a block
+that puts it back. Where the GPU is not here the probe is a forecast; where there are many ranks the
+probe is what they all say of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dpmem.agreement import Ranks
+from dpmem.forecast import forecast_of
+from dpmem.isolation import probe_in_child
+from dpmem.jobs import (
+    MARGIN_FRACTION,
+    checked_budget,
+    default_device,
+    is_out_of_memory,
+    measure_within,
+)
+from dpmem.restore import undisturbed
+from dpmem.targets import describe
+from dpmem_profiling import (
+    BatchSizeResult,
+    InvalidJob,
+    Job,
+    MemoryLimitExceeded,
+    Probe,
+    StepContext,
+    search,
+)
+from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES, BAND_ABOVE
+from dpmem_profiling.gpus import gpu as gpu_named
+
+Target = Job | Callable[[int], None] | tuple[nn.Module, Optimizer | None]
+
+
+def find_batch_size(
+    target: Target,
+    *,
+    batch: Callable[[int], Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    state: Sequence[Any] = (),
+    budget_bytes: int | None = None,
+    safety: float = MARGIN_FRACTION,
+    max_batch: int = 2**20,
+    device: torch.device | None = None,
+    gpu: str | None = None,
+    isolate: bool = False,
+    across_ranks: bool = False,
+    timeout_s: float = 60.0,
+    on_probe: Callable[[Probe], None] | None = None,
+) -> BatchSizeResult:
+    """The largest batch whose training step stays within memory, by a few steps.
+
+    target        a Job, built anew for every probe;
+                  or (model, optimizer) of a run under way, with `batch` and `loss` as in a Job;
+                  or a step: called with n, it makes a batch of n samples and trains on it
+    state         what else the target's steps change and is to be put back: for a step its model
+                  and optimizer, and any scheduler, scaler, generator
+    budget_bytes  tensor bytes a step may hold. Needed on the CPU, where memory is shared with
+                  everything else; on CUDA the default is what the device has free now.
+    safety        the fraction of the limit that largest_safe leaves free
+    max_batch     no larger batch is tried
+    gpu           predict for this GPU, which need not be here ("a100-40gb"); a Job only. The
+                  margin is then the forecast's own, and `safety` plays no part.
+    isolate       try each batch in a process of its own, which may crash; a Job that pickles only
+    across_ranks  every rank of the process group calls this and gets the same answer: all try the
+                  same batch, the smallest budget and the worst outcome count
+    timeout_s     for how long a rank waits for the others after a probe
+    on_probe      told of every batch tried
+
+    A step that would exceed the limit is stopped there, before the machine is. Not so across ranks:
+    a rank that stopped within a collective would leave the others waiting, so there a step runs to
+    its end and is judged afterwards. A batch at which the target raises is not the end (batch
+    normalization refuses one sample): the search goes on with others.
+
+    Model, optimizer and `state` are afterwards as before, bit for bit, and so are the random states
+    of torch, Python and NumPy; `dpmem.restore.undisturbed` says what that covers. The training
+    data's iterator is not touched: `batch` makes its own samples.
+
+    Raises ValueError for a budget that is not positive or more than the machine has, for none on
+    the CPU, for a safety outside [0, 1), an unknown GPU, and, across ranks, for any of these on any
+    rank; TypeError for arguments that do not go together; InvalidJob, a ValueError, where a factory
+    breaks its promise or the step makes no use of the batch; torch.AcceleratorError where the
+    device is lost; the target's first error where it raised at every batch tried; and RuntimeError
+    where a rank says nothing for timeout_s.
+    """
+    if not 0 <= safety < 1:
+        raise ValueError(f"safety must be a fraction from 0 to below 1; received {safety}")
+    if not isinstance(target, Job) and (gpu is not None or isolate):
+        option = "gpu=" if gpu is not None else "isolate=True"
+        raise TypeError(
+            f"{option} needs a Job, which can be built elsewhere; "
+            f"received {type(target).__name__}; describe the step as a dpmem.Job"
+        )
+    if gpu is not None:
+        assert isinstance(target, Job)
+        return _predicted(target, gpu, max_batch, on_probe)
+    device = device or default_device()
+    job, held = _as_job(target, batch, loss, state)
+    ranks = Ranks(timeout_s) if across_ranks else None
+    with ExitStack() as undo:
+        if ranks is not None:
+            undo.enter_context(ranks)
+        undo.enter_context(undisturbed([*held, *state]))
+        if ranks is None:
+            limit_bytes = checked_budget(budget_bytes, device)
+        else:
+            limit_bytes = min(ranks.all_say(lambda: checked_budget(budget_bytes, device)))
+        probe = _Prober(job, device, limit_bytes, [*held, *state], ranks, isolate)
+        result = search(
+            probe,
+            limit_bytes=limit_bytes,
+            margin_bytes=int(limit_bytes * safety),
+            max_batch=max_batch,
+            on_probe=on_probe,
+        )
+        if len(probe.failures) == len(result.probes):
+            raise probe.failures[0]
+    return result
+
+
+class _Prober:
+    """Tries one batch size after another and leaves no trace of any."""
+
+    def __init__(
+        self,
+        job: Job,
+        device: torch.device,
+        limit_bytes: int,
+        state: Sequence[Any],
+        ranks: Ranks | None,
+        isolate: bool,
+    ) -> None:
+        self._job = job
+        self._device = device
+        self._limit_bytes = None if ranks is not None else limit_bytes
+        self._state = state
+        self._ranks = ranks
+        self._isolate = isolate
+        self.failures: list[Exception] = []
+
+    def __call__(self, batch: int) -> Probe:
+        if self._ranks is None:
+            done, error = self._try(batch)
+        else:
+            said = self._ranks.all_say(lambda: self._try(batch)[0])
+            done = max(said, key=_badness)
+            error = RuntimeError(f"rank {said.index(done)} {done.error}")
+        if done.outcome == "error":
+            assert error is not None
+            self.failures.append(error)
+        return done
+
+    def _try(self, batch: int) -> tuple[Probe, Exception | None]:
+        if self._isolate:
+            done = probe_in_child(self._job, batch, self._device, self._limit_bytes)
+            return done, RuntimeError(f"batch {batch}: the job {done.error}")
+        try:
+            with undisturbed(self._state):
+                return measured_probe(self._job, batch, self._device, self._limit_bytes), None
+        except InvalidJob:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                # The device's context is lost: whatever came next would fail for that alone.
+                raise
+            return Probe(batch, "error", error=describe(error)), error
+
+
+def _badness(probe: Probe) -> tuple[int, int]:
+    order = ("fits", "retry", "oom", "error")
+    return order.index(probe.outcome), probe.reserved_bytes or probe.allocated_bytes or 0
+
+
+def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:
+    """Run `job` at one batch size. Raises whatever the job does, but not for memory."""
+    try:
+        record = measure_within(job, batch, device, limit_bytes)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # At least this much: the step was stopped as it crossed the limit.
+        live_bytes = error.live_bytes if isinstance(error, MemoryLimitExceeded) else None
+        return Probe(batch, "oom", allocated_bytes=live_bytes)
+    return Probe(
+        batch,
+        "fits",
+        allocated_bytes=record.peak_allocated_bytes,
+        reserved_bytes=record.peak_reserved_bytes,
+        device_bytes=record.device_bytes,
+        seconds=record.step_s,
+        peak_by_phase=record.peak_by_phase,
+    )
+
+
+def _predicted(
+    job: Job, gpu: str, max_batch: int, on_probe: Callable[[Probe], None] | None
+) -> BatchSizeResult:
+    known = gpu_named(gpu)
+    forecast = forecast_of(job)
+    outside_bytes = ASSUMED_CONTEXT_BYTES if known.context_bytes is None else known.context_bytes
+    limit_bytes = known.total_bytes - outside_bytes
+    return search(
+        lambda batch: Probe(batch, "fits", predicted_bytes=forecast.reserved_bytes(batch, known)),
+        limit_bytes=limit_bytes,
+        margin_bytes=limit_bytes - int(limit_bytes / (1 + BAND_ABOVE)),
+        max_batch=max_batch,
+        on_probe=on_probe,
+        source="predicted",
+    )
+
+
+def _as_job(
+    target: Target,
+    batch: Callable[[int], Any] | None,
+    loss: Callable[[nn.Module, Any], Tensor] | None,
+    state: Sequence[Any],
+) -> tuple[Job, list[Any]]:
+    """The target as a job, and what of it lives already."""
+    is_live = isinstance(target, tuple)
+    if is_live != (batch is not None) or is_live != (loss is not None):
+        raise TypeError(
+            "batch= and loss= belong to a target (model, optimizer), and it needs both; "
+            f"received {type(target).__name__} with batch={batch!r}, loss={loss!r}"
+        )
+    if isinstance(target, Job):
+        return target, []
+    if isinstance(target, tuple):
+        assert batch is not None
+        if not (
+            len(target) == 2
+            and isinstance(target[0], nn.Module)
+            and isinstance(target[1], Optimizer | None)
+        ):
+            raise TypeError(
+                "a run under way must be given as (model, optimizer), the optimizer None where "
+                f"there is none; received ({', '.join(type(part).__name__ for part in target)})"
+            )
+        model, optimizer = target
+        live = Job(
+            model=lambda: model,
+            optimizer=None if optimizer is None else (lambda parameters: optimizer),
+            batch=batch,
+            loss=loss,
+        )
+        return live, [model, optimizer]
+    if isinstance(target, nn.Module) or not callable(target):
+        raise TypeError(
+            "find_batch_size needs a Job, (model, optimizer) or a function of the batch size; "
+            f"received {type(target).__name__}"
+        )
+    step = target
+
+    def run(context: StepContext) -> None:
+        step(len(context.batch))
+
+    models = [held for held in state if isinstance(held, nn.Module)]
+    optimizers = [held for held in state if isinstance(held, Optimizer)]
+    # The step makes its own batch: what a Job's would be holds nothing.
+    own = Job(
+        model=lambda: _AsTheyAre(models),
+        optimizer=(lambda parameters: optimizers[0]) if optimizers else None,
+        batch=lambda n: torch.empty(n, 0),
+        step=run,
+    )
+    return own, []
+
+
+class _AsTheyAre(nn.ModuleList):
+    """Modules whose train and eval flags are the step's to set."""
+
+    def train(self, mode: bool = True) -> _AsTheyAre:
+        return self

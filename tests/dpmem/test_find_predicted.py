@@ -1,0 +1,118 @@
+"""The search on a GPU that is not here, in a process of its own, and what does not go together."""
+
+import operator
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dpmem
+from dpmem.isolation import probe_in_child
+from dpmem_profiling import Job
+
+CPU = torch.device("cpu")
+
+
+def model() -> nn.Module:
+    return nn.Linear(64, 64)
+
+
+def batch(n: int) -> Tensor:
+    return torch.randn(n, 64)
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def wide(n: int) -> Tensor:
+    return torch.randn(n, 1 << 20)
+
+
+JOB = Job(model, batch, loss)
+
+
+def test_predicted_is_the_largest_batch_of_the_estimate() -> None:
+    job = replace(JOB, model=lambda: nn.Linear(1 << 20, 8), batch=wide)
+    found = dpmem.find_batch_size(job, gpu="a100-40gb")
+    estimate = dpmem.estimate(job, batch_size=8, gpu="a100-40gb")
+    assert found.source == "predicted"
+    assert found.largest_safe == estimate.largest_batch
+    assert found.largest_fitting > found.largest_safe
+
+
+def test_a_step_counts_what_its_model_holds() -> None:
+    live = model()
+
+    def step(n: int) -> None:
+        loss(live, batch(n)).backward()
+
+    found = dpmem.find_batch_size(step, state=[live], budget_bytes=100_000, device=CPU, max_batch=9)
+    assert found.largest_safe == 9
+    # Weights and biases, and their gradients.
+    assert found.peak_bytes >= 2 * 4 * (64 * 64 + 64)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        (len, {"gpu": "a100-40gb"}, "gpu= needs a Job"),
+        (len, {"isolate": True}, "isolate=True needs a Job"),
+        ((nn.Linear(1, 1), None), {}, "it needs both"),
+        (JOB, {"batch": batch}, "belong to a target"),
+        (nn.Linear(1, 1), {}, "needs a Job, "),
+        ((nn.Linear(1, 1), 3), {"batch": batch, "loss": loss}, r"received \(Linear, int\)"),
+        (replace(JOB, loss=lambda m, x: x.sum()), {"isolate": True}, "must be importable"),
+    ],
+)
+def test_what_does_not_go_together(target: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        dpmem.find_batch_size(target, **{"budget_bytes": 1 << 20, "device": CPU, **options})
+
+
+@pytest.mark.parametrize("safety", [-0.1, 1.0])
+def test_a_safety_that_is_no_fraction(safety: float) -> None:
+    with pytest.raises(ValueError, match="from 0 to below 1"):
+        dpmem.find_batch_size(JOB, budget_bytes=1 << 20, safety=safety, device=CPU)
+
+
+def test_a_target_batch_in_parts() -> None:
+    found = dpmem.find_batch_size(JOB, budget_bytes=1 << 20, max_batch=12, device=CPU)
+    assert found.largest_safe == 12
+    assert found.accumulation_for(64) == (8, 8)
+    assert found.accumulation_for(5) == (5, 1)
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        found.accumulation_for(0)
+
+
+# Of functions that another process can import.
+IDLE = Job(partial(nn.Linear, 4, 4), torch.ones, step=operator.attrgetter("batch"))
+
+
+def test_a_probe_in_a_child_is_measured_there() -> None:
+    done = probe_in_child(IDLE, 5, CPU, 1 << 20)
+    assert (done.batch, done.outcome) == (5, "fits")
+    # 20 weights and biases, and the batch.
+    assert done.allocated_bytes == 4 * (20 + 5)
+    assert probe_in_child(IDLE, 5, CPU, 90).outcome == "oom"
+
+
+def test_a_child_that_the_kernel_kills_ran_out_of_memory() -> None:
+    killed = replace(IDLE, model=partial(signal.raise_signal, signal.SIGKILL))
+    assert probe_in_child(killed, 1, CPU, None).outcome == "oom"
+
+
+def test_a_child_that_crashes_leaves_the_parent_whole() -> None:
+    with pytest.raises(RuntimeError, match="ended its process with exit code -6"):
+        dpmem.find_batch_size(
+            replace(IDLE, model=os.abort),
+            isolate=True,
+            budget_bytes=1 << 20,
+            max_batch=1,
+            device=CPU,
+        )
