@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {
@@ -57,17 +55,6 @@ def _efficient_attention_backward(args: Any, result: Any) -> Iterator[int]:
     if grad_out.dtype == torch.float32:
         yield grad_out.numel() * 4
         yield grad_out.numel() // max(grad_out.shape[-1], 1) * 4
-
-
-def _layer_norm_backward(args: Any, result: Any) -> Iterator[int]:
-    """layer_norm_kernel.cu: partial sums of the weight's and bias's gradients."""
-    return iter(())
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)
-    )
 
 
 _RULES = {
