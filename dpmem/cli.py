@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dpmem import __version__
 from dpmem.finder import find_batch_size
-from dpmem.forecast import estimate_command
+from dpmem.forecast import estimate_command, forecast_of
 from dpmem.jobs import (
     checked_budget,
     default_device,
@@ -171,12 +171,18 @@ def find_batch_size_command(target: str, budget: int | None, gpu: str | None, as
     default=Path("reports/run"),
     show_default=True,
 )
+@click.option("--gpu", "gpu_name", help="Predict for a GPU that need not be here.")
 @as_json
-def report_command(target: str, batch: int, out: Path, as_json: bool) -> int:
-    """Measure one step of TARGET and write where its bytes go: HTML, PNG, JSON."""
+def report_command(target: str, batch: int, out: Path, gpu_name: str | None, as_json: bool) -> int:
+    """Write where the bytes of one step of TARGET go, measured here or predicted for a GPU."""
+    gpu = None if gpu_name is None else gpu_named(gpu_name)
     job = load_job(target)
+
+    def record_step() -> MemoryRecord:
+        return measure_job(job, batch) if gpu is None else forecast_of(job).record(batch, gpu)
+
     try:
-        record: MemoryRecord = run_job(target, lambda: measure_job(job, batch))
+        record = run_job(target, record_step)
     except TargetError as error:
         if error.__cause__ is None or not is_out_of_memory(error.__cause__):
             raise

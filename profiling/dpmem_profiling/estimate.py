@@ -214,7 +214,7 @@ class Forecast:
             peak_reserved_bytes=reserved_bytes,
             outside_torch_bytes=context_bytes,
             total_bytes=reserved_bytes + outside_bytes,
-            low_bytes=int(reserved_bytes * (1 - BAND_BELOW)) + outside_bytes,
+            low_bytes=_lower(reserved_bytes) + outside_bytes,
             high_bytes=_upper(reserved_bytes) + outside_bytes,
             fits=peaks.reserved_bytes is not None,
             breakdown=replayed.at_peak,
@@ -226,8 +226,13 @@ class Forecast:
         )
 
     def record(self, batch_size: int, gpu: Gpu) -> MemoryRecord:
-        """The last traced step as a record, for reports."""
+        """The last traced step as a record, for reports; its notes give the band."""
         traced = self.trace(batch_size, gpu)
+        reserved_bytes, outside_bytes = self.reserved_bytes(batch_size, gpu), _context_bytes(gpu)
+        band = (
+            f"The whole GPU takes {format_bytes(_lower(reserved_bytes) + outside_bytes)} to "
+            f"{format_bytes(_upper(reserved_bytes) + outside_bytes)}, the CUDA context included."
+        )
         changes = rounded(traced.changes)
         start = traced.step_starts[-1]
         live: dict[int, int] = {}
@@ -249,7 +254,7 @@ class Forecast:
             device=gpu.title,
             torch_version=torch.__version__,
             peak_allocated_bytes=replayed.peak_bytes,
-            peak_reserved_bytes=self.reserved_bytes(batch_size, gpu),
+            peak_reserved_bytes=reserved_bytes,
             device_bytes=None,
             limit_bytes=gpu.total_bytes,
             at_peak=replayed.at_peak,
@@ -259,7 +264,7 @@ class Forecast:
             timeline=replayed.points,
             tensors_at_peak=largest_at_peak(replayed, traced.storages, category_of),
             step_s=None,
-            notes=traced.notes,
+            notes=(*traced.notes, band),
         )
 
 
@@ -309,6 +314,10 @@ def rounded(changes: tuple[Change, ...]) -> tuple[Change, ...]:
 
 def _blocks(size_bytes: int) -> int:
     return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+
+
+def _lower(reserved_bytes: int) -> int:
+    return int(reserved_bytes * (1 - BAND_BELOW))
 
 
 def _upper(reserved_bytes: int) -> int:

@@ -193,6 +193,21 @@ def test_report_is_written_and_offline(job_file: Path, tmp_path: Path, run: Comm
     assert list(out.glob("*.png"))
 
 
+def test_report_for_a_gpu_is_predicted(job_file: Path, tmp_path: Path, run: Command) -> None:
+    out = tmp_path / "out"
+    options = ("--batch", "16", "--gpu", "a100-40gb", "--out", str(out), "--json")
+    result = run("report", f"{job_file}:job", *options)
+    assert result.returncode == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["source"] == "predicted"
+    assert "A100" in record["device"]
+    assert record["peak_reserved_bytes"] >= record["peak_allocated_bytes"]
+    html = next(out.glob("*.html")).read_text()
+    assert "Predicted: not run" in html
+    assert "The whole GPU takes" in html
+    assert list(out.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
