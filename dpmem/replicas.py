@@ -43,6 +43,10 @@ def check_same(group: dist.ProcessGroup, what: str, mine: object) -> None:
             )
 
 
+# Tensors travel together, as many as fit this; larger ones alone, without a copy.
+_TOGETHER_BYTES = 25 << 20
+
+
 def broadcast(
     tensors: Iterable[Tensor],
     group: dist.ProcessGroup,
@@ -50,14 +54,45 @@ def broadcast(
     *,
     wait: Callable[[dist.Work], object] = dist.Work.wait,
 ) -> None:
-    """Give all ranks the values of `source`, a rank of `group`; `wait` awaits each of them."""
+    """Give all ranks the values of `source`, a rank of `group`; `wait` awaits each collective."""
     first = dist.get_global_rank(group, source)
+    is_source = dist.get_rank(group) == source
     with torch.no_grad():
-        works = [
-            dist.broadcast(tensor.detach(), first, group=group, async_op=True) for tensor in tensors
+        parcels = [
+            # By .data, which counts no version, as a collective counts none: what a forward saved
+            # of a buffer stays usable, and the ranks' buffers differ by that rank's own doing.
+            (members, _parcel(members))
+            for members in _together([tensor.data for tensor in tensors])
         ]
-        for work in works:
+        works = [dist.broadcast(parcel, first, group=group, async_op=True) for _, parcel in parcels]
+        for work, (members, parcel) in zip(works, parcels, strict=True):
             wait(work)
+            if is_source or parcel is members[0]:
+                continue
+            shares = parcel.split([member.numel() for member in members])
+            for member, share in zip(members, shares, strict=True):
+                member.copy_(share.view(member.shape))
+
+
+def _together(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Groups of tensors of one dtype and device, in an order that all ranks share."""
+    groups: list[list[Tensor]] = []
+    open_group: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        key = (tensor.dtype, tensor.device)
+        group = open_group.get(key)
+        held = 0 if group is None else sum(member.nbytes for member in group)
+        if group is None or held + tensor.nbytes > _TOGETHER_BYTES:
+            group = open_group[key] = []
+            groups.append(group)
+        group.append(tensor)
+    return groups
+
+
+def _parcel(members: Sequence[Tensor]) -> Tensor:
+    if len(members) == 1 and members[0].is_contiguous():
+        return members[0]
+    return torch.cat([member.reshape(-1) for member in members])
 
 
 def highest_rank(group: dist.ProcessGroup, device: torch.device, *, among: bool) -> int:

@@ -456,3 +456,16 @@ def compiled(rank: int, which: str) -> list[str]:
         different += differing(model, expected)
         model.zero_grad()
     return different
+
+
+def two_forwards_in_evaluation(rank: int) -> list[str]:
+    """Batch norm saves its running statistics; a second forward broadcasts them again."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    wrapped = dpmem.DataParallel(model)
+
+    def loss(model: nn.Module, rank: int) -> Tensor:
+        return model(_input(rank)).square().sum() + model(_input(rank + 5)).square().sum()
+
+    expected = averaged(model, loss)
+    loss(wrapped, rank).backward()
+    return differing(model, expected)

@@ -120,3 +120,7 @@ def test_uneven_inputs(ranks: Pool, even: bool, alone: float) -> None:
 @pytest.mark.parametrize("which", ["inside", "around"])
 def test_compiled_models(ranks: Pool, which: str) -> None:
     assert ranks(2).run("compiled", which=which) == [[], []]
+
+
+def test_two_forwards_in_evaluation(ranks: Pool) -> None:
+    assert ranks(2).run("two_forwards_in_evaluation") == [[], []]
