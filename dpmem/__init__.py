@@ -7,12 +7,13 @@ from dpmem.activations.audit import Audit, audit
 from dpmem.activations.policy import Policy
 from dpmem.comm_hooks import GradBucket, comm_hook
 from dpmem.config import WrapConfig
+from dpmem.data_parallel import DataParallel
 from dpmem.executable_batch_size import find_executable_batch_size
 from dpmem.finder import find_batch_size
 from dpmem.forecast import estimate
 from dpmem.jobs import report
 from dpmem.scaling import LossScaler
-from dpmem.wrapper import DataParallel, compress, wrap
+from dpmem.wrapper import compress, wrap
 from dpmem_profiling import BatchSizeResult, Estimate, Job, MemoryRecord, Probe, StepContext
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpmem.wrapper import DataParallel
+from dpmem.data_parallel import DataParallel
 from dpmem_profiling import (
     BatchSizeResult,
     Category,

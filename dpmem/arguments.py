@@ -1,0 +1,81 @@
+"""What DataParallel's arguments must be, and what follows from them."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def device_of(parameters: Iterable[nn.Parameter]) -> torch.device:
+    """The device of the parameters that require a gradient.
+
+    Raises RuntimeError where there is none, ValueError for several devices.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trainable:
+        raise RuntimeError(
+            "DataParallel averages gradients, so the module must have a parameter that "
+            "requires one; received none; use the module as it is"
+        )
+    devices = sorted({str(parameter.device) for parameter in trainable})
+    if len(devices) > 1:
+        raise ValueError(
+            f"a wrapped module must live on one device; received {', '.join(devices)}; "
+            "move it to one of them"
+        )
+    return trainable[0].device
+
+
+def check_devices(
+    device: torch.device,
+    device_ids: Sequence[int | torch.device] | None,
+    output_device: int | torch.device | None,
+) -> None:
+    """Raises ValueError where these do not name `device`, or more than one."""
+    for named in (*(device_ids or ()), *(() if output_device is None else (output_device,))):
+        wanted = torch.device("cuda", named) if isinstance(named, int) else torch.device(named)
+        if wanted != device:
+            raise ValueError(
+                f"device_ids and output_device must name the module's device {device}; "
+                f"received {wanted}; move the module there first, or leave them out"
+            )
+    if device_ids is not None and len(device_ids) > 1:
+        raise ValueError(
+            f"one process drives one device; received device_ids={list(device_ids)}; "
+            "start one process a device with torchrun"
+        )
+
+
+def refuse(option: str, value: object, only: object, why: str) -> None:
+    """Raises ValueError for any value of an option but the one that is honoured."""
+    if value != only:
+        raise ValueError(f"{option} must be {only!r}: {why}; received {value!r}; leave it out")
+
+
+def group_of(process_group: dist.ProcessGroup | None, mesh: Any) -> dist.ProcessGroup | None:
+    """The ranks to average over; None for this one alone."""
+    if mesh is not None:
+        if process_group is not None:
+            raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
+        if mesh.ndim != 1:
+            raise RuntimeError(
+                f"Only 1D device mesh is supported, but got {mesh}; pass one dimension of it"
+            )
+        group = mesh.get_group(mesh_dim=0)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return process_group
+
+
+def sparse_weights(module: nn.Module) -> Collection[int]:
+    """The ids of weights that receive sparse gradients."""
+    layers: Iterable[nn.Module] = module.modules()
+    return {
+        id(layer.weight)
+        for layer in layers
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse
+    }
