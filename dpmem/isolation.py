@@ -41,8 +41,9 @@ def probe_in_child(job: Job, batch: int, device: torch.device, limit_bytes: int 
             return Probe(batch, "oom")
         return Probe(batch, "error", error=f"ended its process with exit code {child.exitcode}")
     finally:
-        if child.is_alive():
-            child.join()
+        # It has said all it had to say, and a process may hang while torch and its threads end.
+        child.kill()
+        child.join()
         here.close()
     if isinstance(said, str):
         raise InvalidJob(said)

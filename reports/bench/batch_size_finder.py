@@ -1,0 +1,193 @@
+"""Batch-size searches side by side on a simulated device: probes, failures, answer over truth.
+
+`python reports/bench/batch_size_finder.py` writes batch-size-finder.md and .json beside itself. A
+job is a list of allocations and releases; the device is dpmem_profiling.CachingAllocator with a
+capacity. The truth is the largest B such that every batch up to B fits, by trying all of them.
+
+The algorithms, as facts: Accelerate, src/accelerate/utils/memory.py (128, then nine tenths on every
+failure); Lightning, src/lightning/pytorch/tuner/batch_size_scaling.py (from 2, doubled up to 25
+times; binsearch then bisects between the last that ran and the first that did not, without its 5%
+margin, which would only lower its answer).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dpmem_profiling import CachingAllocator, OutOfDeviceMemory, Probe, format_bytes, search
+
+HERE = Path(__file__).parent
+MIB = 1 << 20
+STEPS = 3
+
+
+class Simulated(NamedTuple):
+    """Bytes of a step: weights, optimizer states per weight byte, and activations of a layer."""
+
+    name: str
+    weights_bytes: int
+    layers: int
+    activation_bytes: Callable[[int], int]
+    capacity_bytes: int
+    states: int = 2
+    leak_bytes: int = 0
+
+
+def linear(per_sample_bytes: int) -> Callable[[int], int]:
+    return lambda batch: per_sample_bytes * batch
+
+
+JOBS = [
+    Simulated("transformer, small", 120 * MIB, 12, linear(1_700_000), 4096 * MIB),
+    Simulated("transformer, medium", 700 * MIB, 24, linear(3_300_000), 16384 * MIB),
+    Simulated("transformer, long", 250 * MIB, 16, linear(21_000_000), 12288 * MIB),
+    Simulated("transformer, frozen", 900 * MIB, 24, linear(900_000), 8192 * MIB, states=0),
+    Simulated("convolutions, small", 45 * MIB, 18, linear(310_000), 2048 * MIB),
+    Simulated("convolutions, wide", 100 * MIB, 50, linear(760_000), 8192 * MIB),
+    Simulated("convolutions, deep", 230 * MIB, 101, linear(410_000), 12288 * MIB),
+    Simulated("perceptron", 8 * MIB, 4, linear(130_000), 512 * MIB),
+    Simulated("optimizer-dominated", 1500 * MIB, 12, linear(200_000), 6400 * MIB),
+    Simulated("steps of 16", 120 * MIB, 12, lambda batch: 16_000_000 * -(-batch // 16), 4096 * MIB),
+    Simulated("quadratic", 60 * MIB, 8, lambda batch: 20_000 * batch * batch, 4096 * MIB),
+    Simulated("leak", 120 * MIB, 12, linear(1_700_000), 4096 * MIB, leak_bytes=40 * MIB),
+]
+
+
+def run(job: Simulated, batch: int) -> Probe:
+    """STEPS steps on an empty device; an allocator that had to give back did not fit."""
+    device = CachingAllocator(capacity_bytes=job.capacity_bytes)
+    part_bytes = job.weights_bytes // job.layers
+    peak_bytes = 0
+    try:
+        for _ in range(job.layers):
+            device.malloc(part_bytes)
+        for step in range(STEPS):
+            device.reset_peaks()
+            size_bytes = job.activation_bytes(batch)
+            activations = [device.malloc(size_bytes) for _ in range(job.layers)]
+            gradients = []
+            for address in reversed(activations):
+                if job.states:
+                    gradients.append(device.malloc(part_bytes))
+                temporary = device.malloc(size_bytes)
+                device.free(temporary)
+                device.free(address)
+            if step == 0:
+                for _ in range(job.states * job.layers):
+                    device.malloc(part_bytes)
+            for address in gradients:
+                device.free(address)
+            if job.leak_bytes:
+                device.malloc(job.leak_bytes)
+            peak_bytes = max(peak_bytes, device.peak_reserved_bytes)
+    except OutOfDeviceMemory:
+        return Probe(batch, "oom")
+    if device.n_retries:
+        return Probe(batch, "retry")
+    return Probe(
+        batch,
+        "fits",
+        allocated_bytes=device.peak_allocated_bytes,
+        reserved_bytes=peak_bytes,
+    )
+
+
+class Answer(NamedTuple):
+    batch: int | None
+    probes: int
+    failures: int
+
+
+class Counted:
+    """A trial of one batch size, counted."""
+
+    def __init__(self, job: Simulated) -> None:
+        self.job, self.probes, self.failures = job, 0, 0
+
+    def __call__(self, batch: int) -> Probe:
+        done = run(self.job, batch)
+        self.probes += 1
+        self.failures += done.outcome != "fits"
+        return done
+
+    def fits(self, batch: int) -> bool:
+        return self(batch).outcome == "fits"
+
+    def answer(self, batch: int | None) -> Answer:
+        return Answer(batch, self.probes, self.failures)
+
+
+def truth(job: Simulated) -> int:
+    batch = 0
+    while run(job, batch + 1).outcome == "fits":
+        batch += 1
+    return batch
+
+
+def ours(job: Simulated) -> Answer:
+    trial = Counted(job)
+    result = search(trial, limit_bytes=job.capacity_bytes, margin_bytes=0)
+    return trial.answer(result.largest_fitting)
+
+
+def accelerate(job: Simulated) -> Answer:
+    trial, batch = Counted(job), 128
+    while batch and not trial.fits(batch):
+        batch = int(batch * 0.9)
+    return trial.answer(batch or None)
+
+
+def lightning(job: Simulated, bisect: bool) -> Answer:
+    trial, low, high = Counted(job), 1, 2
+    for _ in range(25):
+        if not trial.fits(high):
+            break
+        low, high = high, 2 * high
+    while bisect and high - low > 1:
+        middle = (low + high) // 2
+        if trial.fits(middle):
+            low = middle
+        else:
+            high = middle
+    return trial.answer(low)
+
+
+def main() -> None:
+    algorithms: dict[str, Callable[[Simulated], Answer]] = {
+        "dpmem": ours,
+        "Accelerate": accelerate,
+        "Lightning power": lambda job: lightning(job, bisect=False),
+        "Lightning binsearch": lambda job: lightning(job, bisect=True),
+    }
+    rows = []
+    for job in JOBS:
+        largest = truth(job)
+        answers = {name: find(job) for name, find in algorithms.items()}
+        rows.append(
+            {"job": job.name, "capacity_bytes": job.capacity_bytes, "truth": largest}
+            | {name: answer._asdict() for name, answer in answers.items()}
+        )
+        print(job.name, format_bytes(job.capacity_bytes), largest, answers)
+    (HERE / "batch-size-finder.json").write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+    lines = [
+        "# Batch-size searches on a simulated device",
+        "",
+        "Each cell: answer ÷ truth, trials, trials that ran out of memory. No GPU took part: the",
+        "device is the allocator's model with a capacity. Made by `batch_size_finder.py`.",
+        "",
+        "| job | truth | " + " | ".join(algorithms) + " |",
+        "|---|---:|" + "---|" * len(algorithms),
+    ]
+    for row in rows:
+        cells = []
+        for name in algorithms:
+            answer = row[name]
+            share = (answer["batch"] or 0) / row["truth"]
+            cells.append(f"{share:.3f}, {answer['probes']}, {answer['failures']}")
+        lines.append(f"| {row['job']} | {row['truth']} | " + " | ".join(cells) + " |")
+    (HERE / "batch-size-finder.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
