@@ -67,7 +67,9 @@ class DataParallel(nn.Module, Joinable):
 
     A backward is averaged when it reaches the outputs of a forward outside `no_sync`; one that
     reaches no output that torch's pytree sees (a plain dataclass's, a view edited in place) goes by
-    the last forward. Where no parameter receives a gradient, no rank waits for this one.
+    the last forward. autograd.grad of other tensors than parameters is this rank's own. A
+    backward() that reaches no parameter on this rank alone is an error at its next forward, unless
+    parameters may be unused (on CUDA neither is known: there such a rank is not waited for).
 
     Where a forward or backward raises on some ranks, the others get an error in the same step that
     names the first and what it raised (torch.OutOfMemoryError where it was one). No rank has

@@ -45,6 +45,8 @@ class Note:
     backwards: int
     # How many there were when the attempt before ended.
     settled: int
+    # How many backwards reached no parameter.
+    empty: int = 0
     failed: str | None = None
     out_of_memory: bool = False
     # Its failure is that it waited for others.
@@ -61,7 +63,8 @@ class Lockstep:
         self._rank = dist.get_rank(group)
         self._ranks = dist.get_world_size(group)
         self._attempt = 0
-        self._backwards = self._settled = 0
+        self._backwards = self._settled = self._empty = 0
+        self._has_unchecked_empty = False
         self._in_backward = False
         self._has_failed = False
 
@@ -74,6 +77,52 @@ class Lockstep:
     def backward_ends(self) -> None:
         """It ended well."""
         self._in_backward = False
+
+    def backward_was_empty(self, *, whole: bool) -> None:
+        """What began was none: no parameter received a gradient.
+
+        `whole` where it was backward(), which on other ranks may have been one to average.
+        """
+        self._in_backward = False
+        self._backwards -= 1
+        if whole:
+            self._empty += 1
+            self._has_unchecked_empty = True
+        self._write()
+
+    def check_empty_backward(self) -> None:
+        """After an empty backward(): was it that on every rank?
+
+        Raises RuntimeError where another rank averages its gradients of that step, and would meet
+        the next step's of this one.
+        """
+        if not self._has_unchecked_empty:
+            return
+        self._has_unchecked_empty = False
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        waiting = {rank for rank in range(self._ranks) if rank != self._rank}
+        while waiting:
+            for rank in sorted(waiting):
+                note = self._read(rank)
+                if note is None or (note.failed is None and note.backwards < self._backwards):
+                    continue
+                if note.failed is None and note.backwards > self._backwards:
+                    error = RuntimeError(
+                        "a backward() outside no_sync() must reach parameters on every rank; on "
+                        f"rank {self._rank} it reached none, and rank {rank} waits to average "
+                        "those of that step; use torch.autograd.grad for gradients of inputs, or "
+                        "pass find_unused_parameters=True"
+                    )
+                    self.failed(error, "the step after a backward without gradients")
+                    raise error
+                if note.failed is not None or note.empty >= self._empty:
+                    waiting.remove(rank)
+            if waiting and time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"rank {min(waiting)} did not end its step within {self._timeout}; see whether "
+                    "it is alive"
+                )
+            time.sleep(_POLL_S if waiting else 0)
 
     def failed(self, error: BaseException | None, where: str, *, waited: bool = False) -> None:
         """This rank's step failed; the first failure of a step is the one that counts."""
@@ -192,7 +241,8 @@ class Lockstep:
     def _write(
         self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False
     ) -> None:
-        note = Note(self._attempt, self._backwards, self._settled, failed, out_of_memory, waited)
+        progress = (self._attempt, self._backwards, self._settled, self._empty)
+        note = Note(*progress, failed, out_of_memory, waited)
         try:
             self._store.set(str(self._rank), json.dumps(asdict(note)))
         except RuntimeError as error:

@@ -16,6 +16,7 @@ are set to None it is released at the next forward, so activations never share t
 gradients nobody reads.
 """
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
 from dpmem.bucket_buffer import BucketBuffer, SparseBuffer, size_and_dtype
@@ -102,6 +104,21 @@ def _running_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
+def _is_whole_backward() -> bool:
+    """Is it backward() of all leaves that ends on this thread, not autograd.grad() of some tensors?
+
+    Autograd does not say, but the call that runs it is on the stack. On CUDA a backward ends on
+    another thread, where this is False.
+    """
+    frame = sys._getframe()
+    while frame.f_code is not _engine_run_backward.__code__:
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    *_, inputs = frame.f_locals["args"]
+    return bool(frame.f_locals["kwargs"]["accumulate_grad"]) and not inputs
+
+
 def _remove(handles: dict[int, RemovableHandle]) -> None:
     for handle in handles.values():
         handle.remove()
@@ -154,9 +171,11 @@ class Reducer:
         # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
         if _running_backward() != _NO_BACKWARD:
             return
-        if synchronize and self._lockstep.recover():
-            self._follow_order()
-            self._complete_empty()
+        if synchronize:
+            self._lockstep.check_empty_backward()
+            if self._lockstep.recover():
+                self._follow_order()
+                self._complete_empty()
         self._settle()
         if synchronize:
             complaint, self._complaint = self._complaint, None
@@ -394,9 +413,12 @@ class Reducer:
     def _finish(self) -> None:
         """End of backward: launch what is left, await everything, give the gradients back."""
         if not any(self._arrivals.values()):
-            # It went through the outputs to the inputs alone.
-            self._reset()
-            return
+            is_whole = _is_whole_backward()
+            if not (is_whole and self._may_be_unused()):
+                # It went through the outputs to other tensors alone.
+                self._lockstep.backward_was_empty(whole=is_whole)
+                self._reset()
+                return
         with torch.no_grad():
             missing = [
                 i

@@ -239,3 +239,29 @@ def one_is_not_finite(rank: int, value: str) -> list[int]:
             wrong.append(position)
         optimizer.zero_grad()
     return wrong
+
+
+def one_reaches_no_parameter(rank: int, unused: bool) -> list[str | float]:
+    """Rank 1's second step uses the input alone; the gradients, or what is raised, by step."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, use: bool) -> Tensor:
+            return x * self.factor if use else x * 2
+
+    wrapped = dpmem.DataParallel(Scaled(), find_unused_parameters=unused)
+    seen: list[str | float] = []
+    for step in range(4):
+        x = torch.tensor(float(10 * rank + step), requires_grad=True)
+        try:
+            wrapped(x, not (rank == 1 and step == 1)).backward()
+        except RuntimeError as error:
+            seen.append(str(error))
+        else:
+            gradient = wrapped.module.factor.grad
+            seen.append(-1.0 if gradient is None else gradient.item())
+        wrapped.zero_grad()
+    return seen

@@ -143,3 +143,19 @@ def test_a_gradient_that_is_not_finite_reaches_all_ranks(value: str) -> None:
     """At every position of a bucket, padding's neighbours included: all ranks' norms say so."""
     with Doomed("one_is_not_finite", 2, value=value) as doomed:
         assert doomed.answers({0, 1}) == {0: [], 1: []}
+
+
+def test_a_rank_whose_parameters_may_be_unused_takes_part_with_none_used() -> None:
+    with Doomed("one_reaches_no_parameter", 2, unused=True) as doomed:
+        answers = doomed.answers({0, 1})
+    # Means of step and 10 + step; in step 1 of 1 and nothing.
+    assert answers == {rank: [5.0, 0.5, 7.0, 8.0] for rank in (0, 1)}
+
+
+def test_a_rank_without_gradients_is_named() -> None:
+    """Its next step is not averaged with the others' last."""
+    with Doomed("one_reaches_no_parameter", 2, unused=False) as doomed:
+        answers = doomed.answers({0, 1})
+    assert answers[0][0] == answers[1][0] == 5.0
+    assert "rank 1 failed in this step: the step after a backward without" in answers[0][1]
+    assert "on rank 1 it reached none, and rank 0 waits" in answers[1][2]
