@@ -89,9 +89,8 @@ def find_batch_size(
     Raises ValueError for a budget that is not positive or more than the machine has, for none on
     the CPU, for a safety outside [0, 1), an unknown GPU, and, across ranks, for any of these on any
     rank; TypeError for arguments that do not go together; InvalidJob, a ValueError, where a factory
-    breaks its promise; torch.AcceleratorError where the
-    device is lost; the target's first error where it raised at every batch tried; and RuntimeError
-    where a rank says nothing for timeout_s.
+    breaks its promise; torch.AcceleratorError where the device is lost; the target's first error
+    where it raised at every batch tried; and RuntimeError where a rank says nothing for timeout_s.
     """
     if not 0 <= safety < 1:
         raise ValueError(f"safety must be a fraction from 0 to below 1; received {safety}")

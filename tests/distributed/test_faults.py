@@ -57,7 +57,9 @@ class Doomed:
 slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", pytest.param("packing", marks=slow)])
+@pytest.mark.parametrize(
+    "where", ["forward", *(pytest.param(where, marks=slow) for where in ("backward", "packing"))]
+)
 @pytest.mark.parametrize(
     ("ranks", "which"),
     [(2, 1), pytest.param(2, 0, marks=slow), pytest.param(4, 2, marks=slow)],
@@ -97,6 +99,7 @@ def test_all_ranks_may_raise_and_go_on() -> None:
         assert doomed.answers({0, 1}) == {0: True, 1: True}
 
 
+@slow
 def test_a_step_that_succeeded_elsewhere_is_not_passed_over() -> None:
     """Rank 1 raises when its last bucket is on its way: rank 0 has stepped."""
     with Doomed("raises_late", 2) as doomed:
@@ -126,6 +129,7 @@ def test_a_killed_host_of_the_store_is_said() -> None:
     assert "the process that hosts the process group's store, rank 0 unless" in error
 
 
+@slow
 def test_a_hung_rank_is_named_within_the_timeout() -> None:
     with Doomed("train_until_an_error", 2) as doomed:
         doomed.wait_until_training(2)

@@ -102,11 +102,13 @@ def test_a_probe_in_a_child_is_measured_there() -> None:
     assert probe_in_child(IDLE, 5, CPU, 90).outcome == "oom"
 
 
+@pytest.mark.slow
 def test_a_child_that_the_kernel_kills_ran_out_of_memory() -> None:
     killed = replace(IDLE, model=partial(signal.raise_signal, signal.SIGKILL))
     assert probe_in_child(killed, 1, CPU, None).outcome == "oom"
 
 
+@pytest.mark.slow
 def test_a_child_that_crashes_leaves_the_parent_whole() -> None:
     with pytest.raises(RuntimeError, match="ended its process with exit code -6"):
         dpmem.find_batch_size(
