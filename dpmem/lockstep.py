@@ -104,9 +104,12 @@ class Lockstep:
         while waiting:
             for rank in sorted(waiting):
                 note = self._read(rank)
-                if note is None or (note.failed is None and note.backwards < self._backwards):
+                if note is None:
                     continue
-                if note.failed is None and note.backwards > self._backwards:
+                if note.failed is not None or note.empty >= self._empty:
+                    # It fails anyway, or its backward was empty too, however far it is by now.
+                    waiting.remove(rank)
+                elif note.backwards > self._backwards:
                     error = RuntimeError(
                         "a backward() outside no_sync() must reach parameters on every rank; on "
                         f"rank {self._rank} it reached none, and rank {rank} waits to average "
@@ -115,8 +118,6 @@ class Lockstep:
                     )
                     self.failed(error, "the step after a backward without gradients")
                     raise error
-                if note.failed is not None or note.empty >= self._empty:
-                    waiting.remove(rank)
             if waiting and time.monotonic() > deadline:
                 raise RuntimeError(
                     f"rank {min(waiting)} did not end its step within {self._timeout}; see whether "

@@ -48,7 +48,9 @@ def test_gradients_of_their_own(ranks: Pool) -> None:
     assert ranks(2).run("gradients_of_their_own") == [([], True, 0)] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_a_narrow_wire(ranks: Pool, dtype: torch.dtype) -> None:
     assert ranks(2).run("narrow_wire", dtype=dtype) == [([], True, {dtype})] * 2
 
@@ -80,7 +82,7 @@ def test_our_hook_serves_ddp(ranks: Pool) -> None:
     assert ranks(2).run("our_hook_for_ddp") == [[], []]
 
 
-@pytest.mark.parametrize("how", ["copy", "pickle"])
+@pytest.mark.parametrize("how", ["copy", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_copies_train(ranks: Pool, how: str) -> None:
     assert ranks(2).run("copies_train", how=how) == [[], []]
 

@@ -123,6 +123,7 @@ def test_four_ranks(ranks: Pool) -> None:
     assert ranks(4).run("parameters_agree") == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "at_most"), [("SGD", 1e-6), ("AdamW", 5e-3)])
 @pytest.mark.parametrize("kind", ["conv", "gpt", "tied"])
 def test_fifty_steps_end_where_ddps_do(
@@ -133,6 +134,7 @@ def test_fifty_steps_end_where_ddps_do(
         assert worst == 0.0 <= at_most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["conv", "gpt", "tied"])
 def test_four_ranks_stay_within_ulps_of_ddp(ranks: Pool, kind: str) -> None:
     """gloo adds in an order that depends on where in a bucket a gradient lies."""

@@ -156,6 +156,7 @@ def test_a_rank_whose_parameters_may_be_unused_takes_part_with_none_used() -> No
     assert answers == {rank: [5.0, 0.5, 7.0, 8.0] for rank in (0, 1)}
 
 
+@slow
 def test_a_rank_without_gradients_is_named() -> None:
     """Its next step is not averaged with the others' last."""
     with Doomed("one_reaches_no_parameter", 2, unused=False) as doomed:
