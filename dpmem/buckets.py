@@ -67,8 +67,9 @@ class BucketPlan:
     ) -> "BucketPlan":
         """Plan buckets for `parameters`, given as (numel, dtype) in order of registration.
 
-        A bucket takes gradients while its slots, each padded to 16 bytes, fit its capacity; one
-        that fills it exactly fits, one larger than it gets a bucket of its own.
+        A bucket takes gradients, each padded to 16 bytes, until they fill its capacity, as
+        DistributedDataParallel's do; the last one may reach beyond it. Small gradients never wait
+        for a large one that follows them, nor travel alone before it.
 
         capacities_bytes  of the first bucket to be filled, the second, and so on; the last one
                           holds for all that follow
@@ -76,8 +77,8 @@ class BucketPlan:
         alone             parameters that share a bucket with no other
 
         Example: capacity 32 bytes, fp32 parameters of 2, 4 and 3 elements give bucket 0 with
-        parameter 2 at offset 0 (3 elements, padded to 4) and parameter 1 at offset 4, and
-        bucket 1 with parameter 0.
+        parameter 2 at offset 0 (3 elements, padded to 4) and parameter 1 at offset 4, which fill
+        it, and bucket 1 with parameter 0.
 
         Raises ValueError for a capacity that is not positive.
         """
@@ -106,13 +107,13 @@ class BucketPlan:
             if index in alone:
                 closed.append((place, Bucket(dtype, padded, (Slot(index, 0, numel),))))
                 continue
-            capacity = capacities_bytes[min(len(closed), len(capacities_bytes) - 1)]
-            if dtype in open_slots and (used[dtype] + padded) * dtype.itemsize > capacity:
-                close(dtype)
             offset = used.get(dtype, 0)
             open_slots.setdefault(dtype, []).append(Slot(index, offset, numel))
             used[dtype] = offset + padded
             last[dtype] = place
+            capacity = capacities_bytes[min(len(closed), len(capacities_bytes) - 1)]
+            if used[dtype] * dtype.itemsize >= capacity:
+                close(dtype)
         for dtype in list(open_slots):
             close(dtype)
         # Reduced as they fill up, so that no bucket waits for one that is not full yet.

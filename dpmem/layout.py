@@ -33,9 +33,10 @@ def dense_strides(parameter: Tensor) -> tuple[int, ...]:
 
 def flatten_dense(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`gradient` as a 1-D tensor in the memory order of `strides`: a view where it has them."""
-    matches = all(
-        have == want
-        for have, want, size in zip(gradient.stride(), strides, gradient.shape, strict=True)
+    have = gradient.stride()
+    matches = have == strides or all(
+        own == want
+        for own, want, size in zip(have, strides, gradient.shape, strict=True)
         if size > 1
     )
     if not matches and gradient.numel() > 0:

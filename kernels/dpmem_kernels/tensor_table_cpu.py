@@ -62,8 +62,7 @@ def _larger(_context: Any, x: Any, y: Any) -> Any:
 _SUMMING = {"reassoc", "contract"}
 
 
-# Inlined where `sums` and `accumulate` are constants, and where one array may be both source and
-# destination: LLVM then knows that they coincide, and vectorizes where it otherwise would not.
+# Inlined where `sums` and `accumulate` are constants.
 @numba.njit(fastmath=_SUMMING, forceinline=True)
 def _move(source: Any, destination: Any, scale: Any, accumulate: bool, sums: bool) -> Any:
     """Move a chunk; the sum of squares, or without `sums` 0, and inf if a value is not finite."""
@@ -83,6 +82,25 @@ def _move(source: Any, destination: Any, scale: Any, accumulate: bool, sums: boo
         else:
             largest = _larger(largest, _magnitude(stored))
     if largest >= _magnitude(encode(np.float32(np.inf), destination[0])):
+        total = np.inf
+    return total
+
+
+@numba.njit(fastmath=_SUMMING, forceinline=True)
+def _move_in_place(array: Any, scale: Any, sums: bool) -> Any:
+    """_move of an array to itself; of two that coincide LLVM cannot tell, and makes no vectors."""
+    total = 0.0
+    largest = _magnitude(encode(np.float32(0.0), array[0]))
+    for i in range(array.size):
+        before = array[i]
+        stored = encode_computed(decode(before) * scale, before, before)
+        array[i] = stored
+        if sums:
+            written = np.float64(decode(stored))
+            total += written * written
+        else:
+            largest = _larger(largest, _magnitude(stored))
+    if largest >= _magnitude(encode(np.float32(np.inf), array[0])):
         total = np.inf
     return total
 
@@ -163,9 +181,9 @@ def _move_range(
             partials[c] = _move(source, destination, scale, True, False)
         elif in_place and source_address == address:
             if sums:
-                partials[c] = _move(destination, destination, scale, False, True)
+                partials[c] = _move_in_place(destination, scale, True)
             else:
-                partials[c] = _move(destination, destination, scale, False, False)
+                partials[c] = _move_in_place(destination, scale, False)
         elif sums:
             partials[c] = _move(source, destination, scale, False, True)
         else:
@@ -216,9 +234,8 @@ _LIKE = {dtype: typed_array(torch.empty(0, dtype=dtype)) for dtype in DTYPES}
 def run(walk: Walk) -> tuple[Tensor, Tensor]:
     """See Walk.run. Uses as many threads as torch does."""
     scale = walk.scale.item() if isinstance(walk.scale, Tensor) else walk.scale
-    zero = torch.zeros((), dtype=torch.float32)
     if walk.skip_if_one and scale == 1.0:
-        return zero, zero.clone()
+        return torch.zeros(()), torch.zeros(())
     # Any NaN is the canonical one: see encode_computed.
     factor = np.float32(1.0 if scale is None else np.nan if math.isnan(scale) else scale)
     chunks = walk.chunks.numpy()
@@ -253,6 +270,6 @@ def run(walk: Walk) -> tuple[Tensor, Tensor]:
             _move_parallel(*move)
         else:
             _move_range(*move, 0, len(chunks))
-    total = partials.sum()
-    found_inf = torch.tensor(float(not np.isfinite(total)), dtype=torch.float32)
-    return torch.tensor(total, dtype=torch.float64).float(), found_inf
+    total = float(partials.sum())
+    found_inf = 0.0 if math.isfinite(total) else 1.0
+    return torch.tensor(total, dtype=torch.float32), torch.tensor(found_inf, dtype=torch.float32)

@@ -64,15 +64,43 @@ def test_plan_is_a_partition(
             bucket.numel * bucket.dtype.itemsize
             < end * bucket.dtype.itemsize + SLOT_ALIGNMENT_BYTES
         )
-        assert len(bucket.slots) == 1 or bucket.size_bytes <= max(capacity_bytes, first)
+        # It was not full before its last gradient came.
+        assert bucket.slots[-1].offset * bucket.dtype.itemsize < max(capacity_bytes, first)
         assert len(bucket.slots) == 1 or not alone & {slot.parameter for slot in bucket.slots}
 
 
-def test_exact_fit_stays_and_one_more_does_not() -> None:
-    exact = BucketPlan.build([(4, torch.float32)] * 4, capacities_bytes=[32])
-    assert [len(bucket.slots) for bucket in exact.buckets] == [2, 2]
-    larger = BucketPlan.build([(5, torch.float32), (4, torch.float32)], capacities_bytes=[32])
-    assert [len(bucket.slots) for bucket in larger.buckets] == [1, 1]
+@pytest.mark.parametrize(
+    ("numels", "per_bucket"),
+    [
+        pytest.param([4, 4, 4, 4], [2, 2], id="exactly full"),
+        pytest.param([4, 3, 4], [2, 1], id="reaching beyond"),
+        pytest.param([1, 100, 1, 1], [2, 2], id="one larger than a bucket"),
+        pytest.param([8, 0, 8], [1, 2], id="empty ones wait for the next"),
+    ],
+)
+def test_a_bucket_closes_once_its_capacity_is_filled(
+    numels: list[int], per_bucket: list[int]
+) -> None:
+    arriving = [(numel, torch.float32) for numel in numels]
+    order = range(len(numels))
+    plan = BucketPlan.build(arriving, capacities_bytes=[32], order=order)
+    assert [len(bucket.slots) for bucket in plan.buckets] == per_bucket
+
+
+@given(
+    numels=st.lists(st.integers(1, 400).map(lambda n: 4 * n), min_size=1, max_size=40),
+    capacities=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
+)
+def test_buckets_are_those_of_torch(numels: list[int], capacities: tuple[int, int]) -> None:
+    """Where no slot is padded: the rule by which DistributedDataParallel fills its buckets."""
+    tensors = [torch.zeros(numel) for numel in numels]
+    theirs, _ = torch.distributed._compute_bucket_assignment_by_size(tensors, list(capacities))
+    plan = BucketPlan.build(
+        [(numel, torch.float32) for numel in numels],
+        capacities_bytes=capacities,
+        order=range(len(numels)),
+    )
+    assert [[slot.parameter for slot in bucket.slots] for bucket in plan.buckets] == theirs
 
 
 def test_capacity_must_be_positive() -> None:
