@@ -235,7 +235,7 @@ class Exact:
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached: a tensor that reached its own graph node from here would never be freed.
-        self.tensor = tensor.detach()
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = tensor._version
 
     def restore(self) -> Tensor:

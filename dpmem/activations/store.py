@@ -46,6 +46,7 @@ from dpmem.activations.tracker import CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 _COMPILED = (
     "activation compression needs the model to run uncompiled; received a call of code that "
     "torch.compile made: it saves all tensors at once, under no function's name, and asks for all "
@@ -165,6 +166,8 @@ class ActivationStore:
 
     def _pack(self, tensor: Tensor) -> Packed:
         self._number += 1
+        if self.log is None and tensor.numel() < self._least_numel and type(tensor) in _PLAIN:
+            return Exact(tensor)  # small, as most are: no more is asked of it
         use = self._use_of(tensor)
         passed = use is SMALL or use is MODEL or use is FOREIGN
         packed = Exact(tensor) if passed else self._store(tensor, use)
@@ -182,8 +185,6 @@ class ActivationStore:
         if type(tensor) is not Tensor and type(tensor) is not FakeTensor:
             return MODEL if isinstance(tensor, nn.Parameter) else FOREIGN
         small = tensor.numel() < self._least_numel
-        if small and self.log is None:
-            return SMALL
         if storage_key(tensor) is None or tensor.is_nested:
             return FOREIGN
         # Expanded from a small storage, it has no more values than that.

@@ -8,7 +8,7 @@ function mode sees, and weights mixed with a tensor that is not the model's, a c
 forward included.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class CallTracker(TorchFunctionMode):
 
     def refresh(self) -> None:
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
-        self._held = {storage_key(tensor) for tensor in _tensors_of(self._model)} - {None}
+        self._held = _storages_of(self._model)
         self._computed = {
             key: entry for key, entry in self._computed.items() if not entry[0].expired()
         }
@@ -100,9 +100,14 @@ class CallTracker(TorchFunctionMode):
         if name == "__get__":
             # An attribute: most calls are these, they save nothing, and what is a tensor is a view.
             return func(*args)
-        call = FunctionCall(name, args, kwargs or {})
-        # Asked before the call, which may change an argument in place.
-        of_the_model = self._takes_only_the_models(call)
+        # At every function of a forward: the tuple's own constructor takes half the time.
+        call: FunctionCall = tuple.__new__(FunctionCall, (name, args, kwargs or {}))
+        # Asked before the call, which may change an argument in place. Most calls begin with an
+        # activation.
+        first = args[0] if args else None
+        of_the_model = not (isinstance(first, Tensor) and not self.holds(first)) and (
+            self._takes_only_the_models(call)
+        )
         previous, self.call = self.call, call
         try:
             result = func(*args, **call.kwargs)
@@ -113,14 +118,16 @@ class CallTracker(TorchFunctionMode):
         if of_the_model:
             for tensor in tensors_in(result):
                 self._add(tensor)
-        elif name in _ARITHMETIC and _OPTIONS.issuperset(call.kwargs):
+        elif (
+            name in _ARITHMETIC
+            and isinstance(result, Tensor)
+            and result.numel() >= self._least_numel
+            and _OPTIONS.issuperset(call.kwargs)
+        ):
             self._record(call, func, result)
         return result
 
     def _takes_only_the_models(self, call: FunctionCall) -> bool:
-        # Most calls begin with an activation.
-        if call.args and isinstance(call.args[0], Tensor) and not self.holds(call.args[0]):
-            return False
         tensors = list(call.tensors())
         return bool(tensors) and all(map(self.holds, tensors))
 
@@ -129,10 +136,8 @@ class CallTracker(TorchFunctionMode):
         if key is not None and key not in self._held and not tensor.is_inference():
             self._computed[key] = StorageWeakRef(tensor.untyped_storage()), tensor._version
 
-    def _record(self, call: FunctionCall, func: Any, result: Any) -> None:
+    def _record(self, call: FunctionCall, func: Any, result: Tensor) -> None:
         """Remember `result` where it is arithmetic on one storage alone."""
-        if not isinstance(result, Tensor) or result.numel() < self._least_numel:
-            return
         tensors = list(call.tensors())
         if not all(_is_like(tensor, result) for tensor in tensors):
             return
@@ -173,19 +178,23 @@ def _same(flat: Tensor) -> Tensor:
     return flat
 
 
-def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """The model's parameters and buffers; at every forward, so without the names."""
-    seen: set[nn.Module] = set()
+def _storages_of(model: nn.Module) -> set[int | None]:
+    """The storages of the model's parameters and buffers; at every forward, so without names."""
+    storages = set()
+    seen = set()
     waiting = [model]
     while waiting:
         module = waiting.pop()
         if module in seen:
             continue
         seen.add(module)
-        for held in (*module._parameters.values(), *module._buffers.values()):
-            if held is not None:
-                yield held
-        waiting += [child for child in module._modules.values() if child is not None]
+        for held in (module._parameters, module._buffers):
+            if held:
+                storages.update([storage_key(one) for one in held.values() if one is not None])
+        if module._modules:
+            waiting += [child for child in module._modules.values() if child is not None]
+    storages.discard(None)
+    return storages
 
 
 def _is_by_number(call: FunctionCall) -> bool:
