@@ -170,6 +170,31 @@ def test_wrapped_models_follow_each_other() -> None:
         )
 
 
+def test_an_input_used_elsewhere_keeps_the_gradients_from_there() -> None:
+    ours, _ = dpmem.wrap(network(), precision="fp16")
+    x = batch(0).requires_grad_()
+    (ours(x).square().mean() + 3.0 * x.sum()).backward()
+    alone = batch(0).requires_grad_()
+    ours.module.zero_grad()
+    ours(alone).square().mean().backward()
+    assert torch.allclose(x.grad, alone.grad + 3.0, rtol=2**-20, atol=0.0)
+
+
+def test_a_gradient_made_infinite_after_unscaling_skips_the_step_and_halves_the_scale() -> None:
+    model = network()
+    ours, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), precision="fp16"
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    ours(batch(0)).square().mean().backward()
+    ours.unscale_()
+    model[0].weight.grad[0, 0] = float("inf")
+    optimizer.step()
+    assert same(list(model.parameters()), before)
+    assert ours.scaler.skipped_steps == 1
+    assert float(ours.scaler.scale) == 2.0**15
+
+
 def test_gradient_penalties_are_right() -> None:
     """autograd.grad(create_graph=True) on an input, then backward through it and the output."""
 
