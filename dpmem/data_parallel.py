@@ -22,7 +22,14 @@ from dpmem.local_gradients import LocalGradients
 from dpmem.optimizer_step import GradientStep
 from dpmem.precision import autocast, upcast_outputs
 from dpmem.reducer import Reducer, ReducerOptions
-from dpmem.replicas import broadcast, check_ranks_agree, check_same, highest_rank, maximum
+from dpmem.replicas import (
+    broadcast,
+    check_ranks_agree,
+    check_same,
+    check_same_bits,
+    highest_rank,
+    maximum,
+)
 from dpmem.scaling import LossScaler, scaled_inputs, scaled_outputs
 from dpmem.state_dict import register_plain_keys
 from dpmem_profiling import Category
@@ -208,6 +215,18 @@ class DataParallel(nn.Module, Joinable):
         if self._scaler is not None:
             assert self._step is not None
             self._step.unscale_()
+
+    def check_replicas(self) -> None:
+        """See that all ranks hold the same parameters and buffers, bit for bit. All must call it.
+
+        One read of the model, and eight bytes to the other ranks for each tensor. Buffers count
+        where forwards broadcast them.
+
+        Raises RuntimeError on every rank that names a rank and a tensor that differ.
+        """
+        if self.process_group is not None:
+            buffers = self._named_buffers() if self.forward_sync_buffers else []
+            check_same_bits([*self._named_parameters(), *buffers], self.process_group)
 
     def configure(self, config: WrapConfig, optimizer: torch.optim.Optimizer | None) -> None:
         """Apply `wrap`'s options. Called once, by `wrap`."""

@@ -43,6 +43,49 @@ def check_same(group: dist.ProcessGroup, what: str, mine: object) -> None:
             )
 
 
+def check_same_bits(tensors: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> None:
+    """Raises RuntimeError on all ranks where a tensor's bits differ from rank 0's. A collective.
+
+    Eight bytes of each tensor travel, its `_digest`.
+    """
+    with torch.no_grad():
+        mine = torch.stack([_digest(tensor) for _, tensor in tensors])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    for rank, theirs in enumerate(everyone):
+        different = (theirs != everyone[0]).nonzero().flatten().tolist()
+        if different:
+            raise RuntimeError(
+                "all ranks must hold the same parameters and buffers bit for bit; rank "
+                f"{rank} differs from rank 0 in {len(different)} of {len(tensors)}, such as "
+                f"{tensors[different[0]][0]!r}; change them by the averaged gradients alone, or "
+                "wrap the model again to start from rank 0's"
+            )
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Odd, and so are all the weights made of it: no change of one word goes unseen.
+_WEIGHT = -7046029254386353131
+_DIGESTED_AT_ONCE = 1 << 20
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    """An int64 scalar: the tensor's bits as words, summed with weights by place, modulo 2^64.
+
+    Example: fp32 [1.0, 2.0], the words 0x3F800000 and 0x40000000, give
+    0x3F800000 w + 0x40000000 (3 w) with w = 0x9E3779B97F4A7C15.
+    """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), _DIGESTED_AT_ONCE):
+        some = words[start : start + _DIGESTED_AT_ONCE]
+        place = torch.arange(start, start + some.numel(), device=tensor.device)
+        total += ((2 * place + 1) * _WEIGHT * some).sum()
+    return total
+
+
 # Tensors travel together, as many as fit this; larger ones alone, without a copy.
 _TOGETHER_BYTES = 25 << 20
 

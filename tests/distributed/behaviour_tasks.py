@@ -469,3 +469,32 @@ def two_forwards_in_evaluation(rank: int) -> list[str]:
     expected = averaged(model, loss)
     loss(wrapped, rank).backward()
     return differing(model, expected)
+
+
+def replicas_are_checked(rank: int, change: str) -> str | None:
+    """What `check_replicas` says after rank 1 changed one tensor; None: nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 5, dtype=torch.bfloat16), nn.BatchNorm1d(5), nn.Linear(4, 2, bias=False)
+    )
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_parameter("waves", nn.Parameter(torch.randn(3, dtype=torch.complex64)))
+    ours = dpmem.DataParallel(model)
+    with torch.no_grad():
+        weight = model[2].weight
+        if rank == 1:
+            if change == "one bit":
+                weight.view(torch.int32)[1, 2] ^= 1
+            elif change == "places":
+                weight[0] = weight[0].flip(0)
+            elif change == "a sign of zero":
+                model[1].bias[4] = -0.0
+            elif change == "a flag":
+                model.flags[1] = True
+            elif change == "a phase":
+                model.waves.conj_physical_()
+    try:
+        ours.check_replicas()
+    except RuntimeError as error:
+        return str(error)
+    return None

@@ -126,3 +126,24 @@ def test_compiled_models(ranks: Pool, which: str) -> None:
 
 def test_two_forwards_in_evaluation(ranks: Pool) -> None:
     assert ranks(2).run("two_forwards_in_evaluation") == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ("nothing", None),
+        ("one bit", "2.weight"),
+        ("places", "2.weight"),
+        ("a sign of zero", "1.bias"),
+        ("a flag", "flags"),
+        ("a phase", "waves"),
+    ],
+)
+def test_ranks_that_differ_by_a_bit_are_found_on_request(
+    ranks: Pool, change: str, where: str | None
+) -> None:
+    for said in ranks(2).run("replicas_are_checked", change=change):
+        if where is None:
+            assert said is None
+        else:
+            assert f"rank 1 differs from rank 0 in 1 of 10, such as {where!r}" in said
