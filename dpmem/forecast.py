@@ -1,8 +1,8 @@
 """`dpmem.estimate` and `dpmem estimate`: what a step takes on GPUs that are not here."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,14 +11,15 @@ import click
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch._C import _distributed_c10d as c10d
 from torch.optim import Optimizer
 
+from dpmem.ddp_rule import bucket_tensors, by_rule
 from dpmem.jobs import owned_tensors
 from dpmem.targets import load_job
 from dpmem.terminal import as_json, bytes_or_unknown, finding, run_job
-from dpmem_profiling import Estimate, Forecast, Job, format_bytes
+from dpmem_profiling import Category, Estimate, Forecast, Job, format_bytes
 from dpmem_profiling.gpus import GPUS
 from dpmem_profiling.gpus import gpu as gpu_named
 from dpmem_profiling.job import ZeroGrad
@@ -44,7 +45,7 @@ def estimate(
     world_size  data-parallel ranks, each with such a GPU; the figures are one rank's
 
     Runs the job's own code on tensors without data: seconds, next to no memory, and no GPU. NCCL's
-    buffers are not counted.
+    buffers are not counted. DistributedDataParallel's memory follows a rule (dpmem/ddp_rule.py).
 
     Raises ValueError for an unknown GPU, InvalidJob and Untraceable, both ValueErrors, where a
     factory of the job breaks its promise or its step needs data; and whatever the job raises.
@@ -61,9 +62,18 @@ def forecast_of(job: Job, world_size: int = 1) -> Forecast:
     """Forecasts of `job` as dpmem sees it: the wrapper's memory by its name, and its ranks."""
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1; received {world_size}")
-    if world_size == 1:
-        return Forecast(job, owned=owned_tensors)
-    return Forecast(job, owned=owned_tensors, around=lambda: _ranks_without_peers(world_size))
+    return Forecast(job, owned=_owned, around=lambda: _among(world_size))
+
+
+def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
+    return owned_tensors(model) or {"bucket": bucket_tensors(model)}
+
+
+@contextmanager
+def _among(world_size: int) -> Iterator[None]:
+    """So many ranks, as far as a step's code sees."""
+    with by_rule(), nullcontext() if world_size == 1 else _ranks_without_peers(world_size):
+        yield
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import dpmem
+from dpmem.ddp_rule import by_rule
+from dpmem_profiling import measure
 
 Loss = Callable[[nn.Module, int], Tensor]
 
@@ -498,3 +500,27 @@ def replicas_are_checked(rank: int, change: str) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def ddp_by_rule(rank: int, options: dict[str, Any], warmup_steps: int) -> tuple[Any, Any]:
+    """Peaks of a step with the real DistributedDataParallel and with the rule, by phase."""
+
+    def model() -> nn.Module:
+        layers = [nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 333), nn.Linear(333, 8)]
+        return nn.Sequential(*layers)
+
+    job = dpmem.Job(
+        model=model,
+        batch=lambda n: torch.randn(n, 64),
+        loss=lambda model, x: model(x).square().mean(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        wrap=lambda model, optimizer: (DistributedDataParallel(model, **options), optimizer),
+    )
+
+    def peaks() -> tuple[int, dict[str, int]]:
+        record = measure(job, 4, device="cpu", warmup_steps=warmup_steps)
+        return record.peak_allocated_bytes, record.peak_by_phase
+
+    real = peaks()
+    with by_rule():
+        return real, peaks()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import dpmem
 from dpmem.forecast import estimate_command, forecast_of
@@ -58,6 +60,40 @@ def test_a_wrapper_is_traced_and_its_memory_named() -> None:
     assert record.peak_by_category["bucket"] >= PARAMETER_BYTES
     assert ranks.peak_allocated_bytes >= alone.peak_allocated_bytes
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_distributed_data_parallel_follows_a_rule(world_size: int) -> None:
+    def with_ddp(**options: Any) -> dpmem.Estimate:
+        return dpmem.estimate(
+            JOB,
+            batch_size=64,
+            gpu="a100-40gb",
+            wrap=lambda model, optimizer: (DistributedDataParallel(model, **options), optimizer),
+            world_size=world_size,
+        )
+
+    beside, views = with_ddp(), with_ddp(gradient_as_bucket_view=True)
+    assert beside.breakdown["bucket"] == views.breakdown["bucket"] == PARAMETER_BYTES
+    assert beside.breakdown["gradient"] == PARAMETER_BYTES
+    assert views.peak_allocated_bytes < beside.peak_allocated_bytes
+    with pytest.raises(ValueError, match="usual options, passed by name; received mixed_precision"):
+        with_ddp(mixed_precision=object())
+
+
+def fully_sharded(model: nn.Module, optimizer: Any) -> Any:
+    return fully_shard(model), optimizer
+
+
+def sharded_flat(model: nn.Module, optimizer: Any) -> Any:
+    return FullyShardedDataParallel(model), optimizer
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("wrap", [fully_sharded, sharded_flat])
+def test_sharded_parameters_are_refused(wrap: Any, world_size: int) -> None:
+    with pytest.raises(ValueError, match="no rule yet for parameters sharded by fully_shard"):
+        dpmem.estimate(JOB, batch_size=64, gpu="t4", wrap=wrap, world_size=world_size)
 
 
 def test_compressed_activations_are_forecast_smaller() -> None:
