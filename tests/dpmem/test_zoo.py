@@ -23,19 +23,6 @@ ROOT = Path(__file__).parents[2]
 TINY_GPT2 = "hf:gpt2?n_layer=1&n_embd=32&n_head=2&vocab_size=50&n_positions=16"
 
 
-@pytest.fixture(scope="module")
-def libraries() -> None:
-    """All three libraries; torchvision, which the others import, beside whatever torch is here."""
-    for library in ("torchvision", "transformers", "timm"):
-        if importlib.util.find_spec(library) is None:
-            pytest.skip(f"needs {library}")
-    sys.path.insert(0, str(ROOT / "reports/validation"))
-    try:
-        importlib.import_module("torchvision_operators")
-    finally:
-        sys.path.remove(str(ROOT / "reports/validation"))
-
-
 def train(job: Job, n: int = 2) -> float:
     """One step of `job`; the loss before it."""
     torch.manual_seed(0)
