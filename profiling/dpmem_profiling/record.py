@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 Category = Literal[
@@ -136,20 +137,7 @@ class MemoryRecord:
 
         Raises ValueError for another schema version and for missing or surplus fields.
         """
-        version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version must be {SCHEMA_VERSION}; got {version!r}. "
-                "Read this record with the dpmem version that wrote it."
-            )
-        fields = {key: value for key, value in data.items() if key != "schema_version"}
-        expected = set(cls.__dataclass_fields__)
-        if set(fields) != expected:
-            differing = ", ".join(sorted(set(fields) ^ expected))
-            raise ValueError(
-                f"a version {SCHEMA_VERSION} record has exactly the documented fields; "
-                f"missing or surplus: {differing}"
-            )
+        fields = _fields_of(cls, data)
         fields["timeline"] = tuple(TimelinePoint(**point) for point in fields["timeline"])
         fields["tensors_at_peak"] = tuple(
             TensorAtPeak(**{**tensor, "shape": tuple(tensor["shape"])})
@@ -167,7 +155,7 @@ class Probe:
     allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
     another reason, which `error` says. `seconds` is one training step. `peak_by_phase` is as in a
     MemoryRecord, where known: a step's peak is the highest of its phases', each of them close to a
-    line in the batch.
+    line in the batch. `batch_bytes` is what the batch itself holds at most during the step.
     """
 
     batch: int
@@ -178,7 +166,16 @@ class Probe:
     device_bytes: int | None = None
     seconds: float | None = None
     peak_by_phase: Mapping[str, int] | None = None
+    batch_bytes: int | None = None
     error: str | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """What is held to the limit: reserved bytes, else allocated, else predicted ones."""
+        for size_bytes in (self.reserved_bytes, self.allocated_bytes, self.predicted_bytes):
+            if size_bytes is not None:
+                return size_bytes
+        return None
 
 
 class Accumulation(NamedTuple):
@@ -190,7 +187,7 @@ class Accumulation(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchSizeResult:
-    """The outcome of a batch-size search.
+    """The outcome of a batch-size search; `print` shows it as a short text.
 
     largest_fitting  largest batch whose peak is within limit_bytes, None where none is
     largest_safe     largest batch whose peak is within limit_bytes - margin_bytes, or None
@@ -200,6 +197,9 @@ class BatchSizeResult:
     probes           every batch tried, in order
     curve            (batch, peak bytes) of the probes that ran, ascending
     limited_by       one phrase: what keeps the batch from growing
+    multiple_of      both largest batches and the fastest are multiples of it
+    notes            sentences a reader needs to judge the figures
+    explanation      where no batch is safe: by how much, what takes the room, what would help
     """
 
     largest_fitting: int | None
@@ -212,6 +212,20 @@ class BatchSizeResult:
     probes: tuple[Probe, ...]
     curve: tuple[tuple[int, int], ...]
     limited_by: str
+    multiple_of: int = 1
+    notes: tuple[str, ...] = ()
+    explanation: str | None = None
+
+    def samples_per_second(self) -> dict[int, float]:
+        """The speed of every safe batch that was timed, one step each; of the multiples alone."""
+        return {
+            probe.batch: probe.batch / probe.seconds
+            for probe in self.probes
+            if probe.outcome == "fits"
+            and probe.seconds
+            and probe.batch <= (self.largest_safe or 0)
+            and probe.batch % self.multiple_of == 0
+        }
 
     def accumulation_for(self, target: int) -> Accumulation:
         """How to train at a batch of `target` samples: the largest safe batch that divides it.
@@ -227,6 +241,54 @@ class BatchSizeResult:
         batch = max(n for n in range(1, min(target, self.largest_safe) + 1) if target % n == 0)
         return Accumulation(batch, target // batch)
 
+    def plot(self, path: str | Path) -> None:
+        """Write a PNG: the probed peaks over the batch, the limit, and the margin below it.
+
+        Raises OSError where `path` cannot be written.
+        """
+        # Imported here: the picture is drawn from this module's classes.
+        from dpmem_profiling.report.pictures import batch_size_png
+
+        Path(path).write_bytes(batch_size_png(self))
+
     def to_json(self) -> dict[str, Any]:
-        """The result as a dictionary that `json.dumps` takes."""
-        return asdict(self)
+        """The result as a dictionary that `json.dumps` takes; `from_json` reads it back."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BatchSizeResult:
+        """Read what `to_json` wrote, also after a trip through `json.dumps` and `json.loads`.
+
+        Raises ValueError for another schema version and for missing or surplus fields.
+        """
+        fields = _fields_of(cls, data)
+        fields["probes"] = tuple(Probe(**probe) for probe in fields["probes"])
+        fields["curve"] = tuple((batch, peak_bytes) for batch, peak_bytes in fields["curve"])
+        fields["notes"] = tuple(fields["notes"])
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        from dpmem_profiling.report.batch_words import batch_size_text
+
+        return batch_size_text(self)
+
+
+def _fields_of(
+    kind: type[MemoryRecord | BatchSizeResult], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `data` says of a `kind`. Raises ValueError unless it has exactly its fields."""
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"schema_version must be {SCHEMA_VERSION}; got {version!r}. "
+            "Read this with the dpmem version that wrote it."
+        )
+    fields = {key: value for key, value in data.items() if key != "schema_version"}
+    expected = set(kind.__dataclass_fields__)
+    if set(fields) != expected:
+        differing = ", ".join(sorted(set(fields) ^ expected))
+        raise ValueError(
+            f"a version {SCHEMA_VERSION} {kind.__name__} has exactly the documented fields; "
+            f"missing or surplus: {differing}"
+        )
+    return fields
