@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from dpmem import __version__
 from dpmem.finder import find_batch_size
@@ -18,7 +17,6 @@ from dpmem.forecast import estimate_command, forecast_of
 from dpmem.jobs import (
     checked_budget,
     default_device,
-    explain_too_small,
     is_out_of_memory,
     measure_job,
 )
@@ -29,7 +27,6 @@ from dpmem.terminal import (
     FINDING,
     ByteSize,
     as_json,
-    bytes_or_unknown,
     finding,
     run_job,
     say,
@@ -45,6 +42,7 @@ from dpmem_profiling import (
     write_report,
 )
 from dpmem_profiling.gpus import gpu as gpu_named
+from dpmem_profiling.report.batch_words import batch_size_rows, probe_words
 
 if TYPE_CHECKING:
     from dpmem.demo import DemoResult
@@ -124,8 +122,17 @@ def _print_demo(result: "DemoResult") -> None:
 @click.argument("target")
 @click.option("--budget", type=ByteSize(), help="Bytes a step may hold. Needed without a GPU.")
 @click.option("--gpu", help="Predict for this GPU, which need not be here, such as a100-40gb.")
+@click.option(
+    "--multiple-of",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Answer in multiples: of 8, of the number of ranks.",
+)
 @as_json
-def find_batch_size_command(target: str, budget: int | None, gpu: str | None, as_json: bool) -> int:
+def find_batch_size_command(
+    target: str, budget: int | None, gpu: str | None, multiple_of: int, as_json: bool
+) -> int:
     """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
     if gpu is not None and budget is not None:
         raise click.UsageError("--gpu knows its memory; received --budget, too; give one of them")
@@ -140,26 +147,33 @@ def find_batch_size_command(target: str, budget: int | None, gpu: str | None, as
 
     def run(progress: Callable[[str, float], None]) -> BatchSizeResult:
         def on_probe(probe: Probe) -> None:
-            progress(f"batch {probe.batch}: {_probe_words(probe)}", 0.5)
+            progress(f"batch {probe.batch}: {probe_words(probe)}", 0.5)
 
         return run_job(
             target,
-            lambda: find_batch_size(job, budget_bytes=limit_bytes, gpu=gpu, on_probe=on_probe),
+            lambda: find_batch_size(
+                job,
+                budget_bytes=limit_bytes,
+                gpu=gpu,
+                multiple_of=multiple_of,
+                on_probe=on_probe,
+            ),
         )
 
     result = _with_progress("finding the batch size", run)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
     else:
-        Console().print(_batch_table(result))
-    if result.largest_safe is None and gpu is not None:
-        return finding(
-            f"no batch is safe on {gpu}: {result.limited_by}; "
-            "what would help: activations='2bit', shorter or smaller samples, a larger GPU"
-        )
-    if result.largest_safe is None:
-        return finding(run_job(target, lambda: explain_too_small(job, result)))
-    return 0
+        Console().print(two_columns(batch_size_rows(result)))
+    if result.largest_safe is not None:
+        return 0
+    if result.explanation is not None:
+        return finding(result.explanation)
+    where = "" if gpu is None else f" on {gpu}"
+    return finding(
+        f"no batch is safe{where}: {result.limited_by}; what would help: activations='2bit', "
+        "shorter or smaller samples, more memory"
+    )
 
 
 @cli.command("report")
@@ -243,31 +257,6 @@ def _with_progress(title: str, run: Callable[[Callable[[str, float], None]], Res
 def _answer(result: BatchSizeResult) -> str:
     largest = "none" if result.largest_safe is None else str(result.largest_safe)
     return f"{largest}, {len(result.probes)} probes; limited by {result.limited_by}"
-
-
-def _batch_table(result: BatchSizeResult) -> Table:
-    table = two_columns(
-        [
-            ("largest safe batch", str(result.largest_safe)),
-            ("largest that fits", str(result.largest_fitting)),
-            ("fastest of those tried", str(result.fastest)),
-            ("peak there", bytes_or_unknown(result.peak_bytes)),
-            ("limit", format_bytes(result.limit_bytes)),
-            ("kept free", format_bytes(result.margin_bytes)),
-            ("limited by", result.limited_by),
-        ]
-    )
-    for probe in result.probes:
-        words = probe.error if probe.error is not None else _probe_words(probe)
-        table.add_row(f"probe, batch {probe.batch}", words)
-    return table
-
-
-def _probe_words(probe: Probe) -> str:
-    if probe.outcome == "error":
-        return "error"
-    size_bytes = probe.predicted_bytes if probe.allocated_bytes is None else probe.allocated_bytes
-    return f"{probe.outcome}, {bytes_or_unknown(size_bytes)}"
 
 
 def _demo_json(result: "DemoResult") -> dict[str, Any]:

@@ -28,7 +28,6 @@ from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
     default_device,
-    explain_too_small,
     measure_job,
 )
 from dpmem.precision import autocast
@@ -173,7 +172,6 @@ def run_demo(out: Path, budget_bytes: int, progress: Progress) -> DemoResult:
     dpmem_batch = find_batch_size(
         dpmem_job, budget_bytes=budget_bytes, on_probe=partial(on_probe, which="dpmem")
     )
-    fits = dpmem_batch.largest_safe is not None
     ddp, ours = _run(measured["ddp"]), _run(measured["dpmem"])
     progress("writing the report", 0.98)
     files = write_report(
@@ -191,7 +189,7 @@ def run_demo(out: Path, budget_bytes: int, progress: Progress) -> DemoResult:
         dpmem=ours,
         plain_batch=plain_batch,
         dpmem_batch=dpmem_batch,
-        too_small=None if fits else explain_too_small(dpmem_job, dpmem_batch),
+        too_small=dpmem_batch.explanation,
         files=files,
         seconds=time.perf_counter() - started,
     )

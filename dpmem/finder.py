@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,14 +18,16 @@ from torch.optim import Optimizer
 
 from dpmem.agreement import Ranks
 from dpmem.forecast import forecast_of
-from dpmem.isolation import probe_in_child
+from dpmem.growth import refuse_a_constant_step
+from dpmem.isolation import Room, explain_in_child, pickled_job, probe_in_child, room_in_child
 from dpmem.jobs import (
-    MARGIN_FRACTION,
     checked_budget,
     default_device,
+    explain_too_small,
     is_out_of_memory,
     measure_within,
 )
+from dpmem.limits import Drift, search_within
 from dpmem.restore import undisturbed
 from dpmem.targets import describe
 from dpmem_profiling import (
@@ -38,6 +41,7 @@ from dpmem_profiling import (
 )
 from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES, BAND_ABOVE
 from dpmem_profiling.gpus import gpu as gpu_named
+from dpmem_profiling.tried import Tried, in_multiples
 
 Target = Job | Callable[[int], None] | tuple[nn.Module, Optimizer | None]
 
@@ -49,8 +53,9 @@ def find_batch_size(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     state: Sequence[Any] = (),
     budget_bytes: int | None = None,
-    safety: float = MARGIN_FRACTION,
+    safety: float | None = None,
     max_batch: int = 2**20,
+    multiple_of: int = 1,
     device: torch.device | None = None,
     gpu: str | None = None,
     isolate: bool = False,
@@ -65,10 +70,15 @@ def find_batch_size(
                   or a step: called with n, it makes a batch of n samples and trains on it
     state         what else the target's steps change and is to be put back: for a step its model
                   and optimizer, and any scheduler, scaler, generator
-    budget_bytes  tensor bytes a step may hold. Needed on the CPU, where memory is shared with
-                  everything else; on CUDA the default is what the device has free now.
-    safety        the fraction of the limit that largest_safe leaves free
+    budget_bytes  tensor bytes a step may hold. On CUDA the default is what the device has free
+                  now. Needed on the CPU, where memory is shared with everything else, but not
+                  with isolate=True on Linux: then what counts is all that a fresh process is, held
+                  to what the host, its control group or `ulimit -v` allow it.
+    safety        the fraction of the limit that largest_safe leaves free. By default 2 %, or what
+                  CUDA's allocator held beyond the tensors where that is more, and on top what
+                  others took of the GPU during the search.
     max_batch     no larger batch is tried
+    multiple_of   the answers are multiples of this: of 8, of the number of ranks
     gpu           predict for this GPU, which need not be here ("a100-40gb"); a Job only. The
                   margin is then the forecast's own, and `safety` plays no part.
     isolate       try each batch in a process of its own, which may crash; a Job that pickles only
@@ -86,13 +96,18 @@ def find_batch_size(
     of torch, Python and NumPy; `dpmem.restore.undisturbed` says what that covers. The training
     data's iterator is not touched: `batch` makes its own samples.
 
+    Where no batch is safe, `explanation` says by how much and why; not so across ranks.
+
     Raises ValueError for a budget that is not positive or more than the machine has, for none on
-    the CPU, for a safety outside [0, 1), an unknown GPU, and, across ranks, for any of these on any
-    rank; TypeError for arguments that do not go together; InvalidJob, a ValueError, where a factory
-    breaks its promise; torch.AcceleratorError where the device is lost; the target's first error
-    where it raised at every batch tried; and RuntimeError where a rank says nothing for timeout_s.
+    the CPU, for a safety outside [0, 1), a multiple_of below 1, an unknown GPU, and, across ranks,
+    for any of these on any rank; TypeError for arguments that do not go together; InvalidJob, a
+    ValueError, where a factory breaks its promise or a step takes the same memory for whatever
+    batch; torch.AcceleratorError where the device is lost; the target's first error where it raised
+    at every batch tried; and RuntimeError where a rank says nothing for timeout_s.
     """
-    if not 0 <= safety < 1:
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of must be at least 1; received {multiple_of}")
+    if safety is not None and not 0 <= safety < 1:
         raise ValueError(f"safety must be a fraction from 0 to below 1; received {safety}")
     if not isinstance(target, Job) and (gpu is not None or isolate):
         option = "gpu=" if gpu is not None else "isolate=True"
@@ -102,29 +117,38 @@ def find_batch_size(
         )
     if gpu is not None:
         assert isinstance(target, Job)
-        return _predicted(target, gpu, max_batch, on_probe)
+        return _predicted(target, gpu, max_batch, multiple_of, on_probe)
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
+    if isolate:
+        pickled_job(job)
     ranks = Ranks(timeout_s) if across_ranks else None
     with ExitStack() as undo:
         if ranks is not None:
             undo.enter_context(ranks)
         undo.enter_context(undisturbed([*held, *state]))
         if ranks is None:
-            limit_bytes = checked_budget(budget_bytes, device)
+            own = room_in_child if isolate else _room_here
+            room = own(budget_bytes, device)
         else:
-            limit_bytes = min(ranks.all_say(lambda: checked_budget(budget_bytes, device)))
-        probe = _Prober(job, device, limit_bytes, [*held, *state], ranks, isolate)
-        result = search(
-            probe,
-            limit_bytes=limit_bytes,
-            margin_bytes=int(limit_bytes * safety),
+            room = min(ranks.all_say(lambda: _room_here(budget_bytes, device)))
+        probe = _Prober(job, device, room, [*held, *state], ranks, isolate)
+        tried = Tried(probe, on_probe)
+        result = search_within(
+            tried,
+            room.limit_bytes,
+            safety=safety,
+            caching_allocator=device.type == "cuda",
+            drift_bytes=probe.drift_bytes,
             max_batch=max_batch,
-            on_probe=on_probe,
         )
         if len(probe.failures) == len(result.probes):
             raise probe.failures[0]
-    return result
+        refuse_a_constant_step(result, makes_own_batch=not isinstance(target, Job | tuple))
+        if result.largest_safe is None and ranks is None:
+            explain = explain_in_child if isolate else explain_too_small
+            result = replace(result, explanation=explain(job, result, device))
+        return in_multiples(result, tried, multiple_of)
 
 
 class _Prober:
@@ -134,17 +158,18 @@ class _Prober:
         self,
         job: Job,
         device: torch.device,
-        limit_bytes: int,
+        room: Room,
         state: Sequence[Any],
         ranks: Ranks | None,
         isolate: bool,
     ) -> None:
         self._job = job
         self._device = device
-        self._limit_bytes = None if ranks is not None else limit_bytes
+        self._room = room
         self._state = state
         self._ranks = ranks
         self._isolate = isolate
+        self._drift = Drift(device)
         self.failures: list[Exception] = []
 
     def __call__(self, batch: int) -> Probe:
@@ -154,18 +179,27 @@ class _Prober:
             said = self._ranks.all_say(lambda: self._try(batch)[0])
             done = max(said, key=_badness)
             error = RuntimeError(f"rank {said.index(done)} {done.error}")
+        self._drift.sample()
         if done.outcome == "error":
             assert error is not None
             self.failures.append(error)
         return done
 
+    def drift_bytes(self) -> int:
+        """What others took of the device during the probes, on the rank where it is most."""
+        if self._ranks is None:
+            return self._drift.most_bytes
+        return max(self._ranks.all_say(lambda: self._drift.most_bytes))
+
     def _try(self, batch: int) -> tuple[Probe, Exception | None]:
         if self._isolate:
-            done = probe_in_child(self._job, batch, self._device, self._limit_bytes)
+            done = probe_in_child(self._job, batch, self._device, self._room)
             return done, RuntimeError(f"batch {batch}: the job {done.error}")
         try:
             with undisturbed(self._state):
-                return measured_probe(self._job, batch, self._device, self._limit_bytes), None
+                # A rank that stopped would leave the others waiting in a collective.
+                limit_bytes = self._room.limit_bytes if self._ranks is None else None
+                return measured_probe(self._job, batch, self._device, limit_bytes), None
         except InvalidJob:
             raise
         except Exception as error:
@@ -173,6 +207,10 @@ class _Prober:
                 # The device's context is lost: whatever came next would fail for that alone.
                 raise
             return Probe(batch, "error", error=describe(error)), error
+
+
+def _room_here(budget_bytes: int | None, device: torch.device) -> Room:
+    return Room(checked_budget(budget_bytes, device), None)
 
 
 def _badness(probe: Probe) -> tuple[int, int]:
@@ -198,24 +236,33 @@ def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int 
         device_bytes=record.device_bytes,
         seconds=record.step_s,
         peak_by_phase=record.peak_by_phase,
+        batch_bytes=record.peak_by_category.get("input", 0),
     )
 
 
 def _predicted(
-    job: Job, gpu: str, max_batch: int, on_probe: Callable[[Probe], None] | None
+    job: Job,
+    gpu: str,
+    max_batch: int,
+    multiple_of: int,
+    on_probe: Callable[[Probe], None] | None,
 ) -> BatchSizeResult:
     known = gpu_named(gpu)
     forecast = forecast_of(job)
     outside_bytes = ASSUMED_CONTEXT_BYTES if known.context_bytes is None else known.context_bytes
     limit_bytes = known.total_bytes - outside_bytes
-    return search(
+    tried = Tried(
         lambda batch: Probe(batch, "fits", predicted_bytes=forecast.reserved_bytes(batch, known)),
+        on_probe,
+    )
+    result = search(
+        tried,
         limit_bytes=limit_bytes,
         margin_bytes=limit_bytes - int(limit_bytes / (1 + BAND_ABOVE)),
         max_batch=max_batch,
-        on_probe=on_probe,
         source="predicted",
     )
+    return in_multiples(result, tried, multiple_of)
 
 
 def _as_job(

@@ -1,68 +1,151 @@
-"""One probe in a process of its own: what crashes there does not crash here."""
+"""Trials in a process of their own: what crashes there does not crash here."""
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
 import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from dpmem.host import Peak, process_limit, process_peak_bytes
+from dpmem.jobs import checked_budget, explain_too_small
 from dpmem.targets import describe
-from dpmem_profiling import InvalidJob, Job, Probe
+from dpmem_profiling import BatchSizeResult, InvalidJob, Job, Probe
+
+Answer = TypeVar("Answer")
+
+# Source: proc(5). Whoever has the highest score is killed first, and raising one's own is allowed.
+_KILL_ME_FIRST = (Path("/proc/self/oom_score_adj"), "1000")
 
 
-def probe_in_child(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:
-    """Try `job` at one batch size in a fresh process, with one thread on the CPU.
-
-    Killed by SIGKILL, as by the kernel when memory runs out, is "oom"; any other death is "error".
-
-    Raises TypeError where the job does not pickle, InvalidJob where it breaks its promise.
-    """
+def pickled_job(job: Job) -> bytes:
+    """`job` as another process can take it. Raises TypeError where it does not pickle."""
     try:
-        pickled = pickle.dumps(job)
+        return pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             "isolate=True sends the job to another process, so its functions must be importable; "
             f"received one that is not ({error}); define them at the top of a module"
         ) from error
+
+
+class Room(NamedTuple):
+    """What a trial may take: of tensors, or where `peak` says which, of all that its process is."""
+
+    limit_bytes: int
+    peak: Peak | None
+
+
+def room_in_child(budget_bytes: int | None, device: torch.device) -> Room:
+    """What a trial may take: `budget_bytes` of tensors, or without one what the machine leaves it.
+
+    Asked in a fresh process, because this one's address space is not a child's, and because to ask
+    CUDA takes a context, which costs memory.
+
+    Raises ValueError as `dpmem.jobs.checked_budget` does, RuntimeError where the child ends first.
+    """
+    return _ask_child(partial(_room, budget_bytes, device))
+
+
+def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Probe:
+    """Try `job` at one batch size in a fresh process, with one thread on the CPU.
+
+    The child inherits this process's resource limits. Where the room is for all of a process, the
+    probe's reserved bytes are the most that the child ever was. Killed by SIGKILL, as by the kernel
+    when memory runs out, is "oom"; any other death is "error". Where the kernel must kill, the
+    child is the first to go.
+
+    Raises TypeError where the job does not pickle, InvalidJob where it breaks its promise.
+    """
+    try:
+        return _ask_child(partial(_probe, pickled_job(job), batch, device, room))
+    except _ChildDied as death:
+        if death.exit_code == -signal.SIGKILL:
+            return Probe(batch, "oom")
+        return Probe(batch, "error", error=str(death))
+
+
+def explain_in_child(job: Job, result: BatchSizeResult, device: torch.device) -> str:
+    """`dpmem.jobs.explain_too_small` in a fresh process, which its step may end."""
+    try:
+        return _ask_child(partial(_explain, pickled_job(job), result, device))
+    except _ChildDied as death:
+        return f"does not fit: {result.limited_by}; tried with more memory, the job {death}"
+
+
+class _ChildDied(RuntimeError):  # noqa: N818 - reads as what it is
+    """The child ended without an answer."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        super().__init__(f"ended its process with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def _ask_child(question: Callable[[], Answer | ValueError]) -> Answer:
+    """What `question` returns in a fresh process.
+
+    Raises the ValueError that it returns, and _ChildDied where the process says nothing.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_run, args=(pickled, batch, device, limit_bytes, there))
+    child = context.Process(target=_answer, args=(question, there))
     child.start()
     # Else this process holds the writing end, too, and never hears of the child's death.
     there.close()
     try:
-        said = here.recv()
+        said: Answer | ValueError = here.recv()
     except EOFError:
         child.join()
-        if child.exitcode == -signal.SIGKILL:
-            return Probe(batch, "oom")
-        return Probe(batch, "error", error=f"ended its process with exit code {child.exitcode}")
+        raise _ChildDied(child.exitcode) from None
     finally:
         # It has said all it had to say, and a process may hang while torch and its threads end.
         child.kill()
         child.join()
         here.close()
-    if isinstance(said, str):
-        raise InvalidJob(said)
-    assert isinstance(said, Probe)
+    if isinstance(said, ValueError):
+        raise said
     return said
 
 
-def _run(
-    pickled: bytes, batch: int, device: torch.device, limit_bytes: int | None, out: Connection
-) -> None:
+def _answer(question: Callable[[], object], out: Connection) -> None:
+    path, score = _KILL_ME_FIRST
+    if path.is_file():
+        path.write_text(score)
+    torch.set_num_threads(1)
+    out.send(question())
+
+
+def _room(budget_bytes: int | None, device: torch.device) -> Room | ValueError:
+    limit = process_limit() if budget_bytes is None and device.type == "cpu" else None
+    if limit is not None:
+        return Room(*limit)
+    try:
+        return Room(checked_budget(budget_bytes, device), None)
+    except ValueError as error:
+        return error
+
+
+def _probe(pickled: bytes, batch: int, device: torch.device, room: Room) -> Probe | ValueError:
     # Imported here: finder imports this module.
     from dpmem.finder import measured_probe
 
-    torch.set_num_threads(1)
-    said: Probe | str
     try:
-        said = measured_probe(pickle.loads(pickled), batch, device, limit_bytes)
+        done = measured_probe(pickle.loads(pickled), batch, device, room.limit_bytes)
     except InvalidJob as error:
-        said = str(error)
+        return error
     except Exception as error:  # noqa: BLE001 - the parent must hear of whatever it is
-        said = Probe(batch, "error", error=describe(error))
-    out.send(said)
+        return Probe(batch, "error", error=describe(error))
+    if room.peak is None or done.outcome != "fits":
+        return done
+    return replace(done, reserved_bytes=process_peak_bytes(room.peak))
+
+
+def _explain(pickled: bytes, result: BatchSizeResult, device: torch.device) -> str:
+    return explain_too_small(pickle.loads(pickled), result, device)

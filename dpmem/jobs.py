@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpmem.data_parallel import DataParallel
+from dpmem.host import memory_bytes
 from dpmem_profiling import (
     BatchSizeResult,
     Category,
@@ -20,17 +21,14 @@ from dpmem_profiling import (
     write_report,
 )
 
-# Kept free of the limit: what allocators round up and fragment. Replaced by measured figures
-# where the forecast has them.
-MARGIN_FRACTION = 0.02
 # Where torch raises a plain RuntimeError for memory that ran out. Sources: c10/core/
-# impl/alloc_cpu.cpp, cudaGetErrorString, aten/src/ATen/cuda/CUDABlas.cpp, cudnn's status names.
+# impl/alloc_cpu.cpp, cudaGetErrorString, aten/src/ATen/cuda/CUDABlas.cpp, cudnn's status names, and
+# torch/csrc/Exceptions.h, which passes on what C++ itself says.
 _OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: (not enough|can't allocate) memory"
     r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|\Astd::bad_alloc\Z"
 )
-# Where Linux says what memory there is; tests put another tree here.
-_ROOT = Path("/")
 
 
 def owned_tensors(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
@@ -67,21 +65,7 @@ def device_memory_bytes(device: torch.device) -> tuple[int, int] | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    meminfo = _ROOT / "proc/meminfo"
-    if not meminfo.is_file():
-        return None
-    sizes_kib = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE))
-    free_bytes, total_bytes = (int(sizes_kib[key]) << 10 for key in ("MemAvailable", "MemTotal"))
-    # A container has less than its host. Control groups, version 2 and version 1.
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        group = _ROOT / "sys/fs/cgroup"
-        if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
-            total_bytes = min(total_bytes, int(text))
-            free_bytes = min(free_bytes, int(text) - int((group / usage).read_text()))
-    return max(free_bytes, 0), total_bytes
+    return memory_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -92,20 +76,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
-    """The budget of a search: what was asked for, or what a GPU has free now.
+    """The budget of a search: what was asked for, or what a GPU has for this process now: what is
+    free, and what torch holds already.
 
     Raises ValueError for a budget that is not positive or more than the machine has, and for none
-    on the CPU.
+    on the CPU: the kernel kills who takes more than the host has, and that may be who trains.
     """
     memory = device_memory_bytes(device)
     if budget_bytes is None:
         if device.type != "cuda":
             raise ValueError(
                 "on the CPU memory is shared, so a budget must be stated; received none; "
-                "pass budget_bytes (--budget 8GiB)"
+                "pass budget_bytes (--budget 8GiB), or on Linux isolate=True to take what is free"
             )
         assert memory is not None
-        return memory[0]
+        return memory[0] + torch.cuda.memory_reserved(device)
     if budget_bytes <= 0:
         raise ValueError(
             f"a budget must be positive; received {budget_bytes} bytes; state one as 8GiB"
@@ -160,7 +145,9 @@ def explain_too_small(job: Job, result: BatchSizeResult, device: torch.device | 
         remedy = "what would help: a smaller model, an optimizer with less state, a larger budget"
     else:
         what, remedy = step, help_step
-        needed_bytes = record.peak_reserved_bytes or record.peak_allocated_bytes
+        step_bytes = record.peak_reserved_bytes or record.peak_allocated_bytes
+        # The search may have counted more than the tensors: all that a process is.
+        needed_bytes = max(step_bytes, result.peak_bytes or 0)
     return (
         f"{budget} {what}, {format_bytes(needed_bytes)}, "
         f"by {format_bytes(needed_bytes - usable_bytes)}; "

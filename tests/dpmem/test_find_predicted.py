@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dpmem
-from dpmem.isolation import probe_in_child
+from dpmem.isolation import Room, probe_in_child
 from dpmem_profiling import Job
 
 CPU = torch.device("cpu")
@@ -95,17 +95,17 @@ IDLE = Job(partial(nn.Linear, 4, 4), torch.ones, step=operator.attrgetter("batch
 
 
 def test_a_probe_in_a_child_is_measured_there() -> None:
-    done = probe_in_child(IDLE, 5, CPU, 1 << 20)
+    done = probe_in_child(IDLE, 5, CPU, Room(1 << 20, None))
     assert (done.batch, done.outcome) == (5, "fits")
     # 20 weights and biases, and the batch.
     assert done.allocated_bytes == 4 * (20 + 5)
-    assert probe_in_child(IDLE, 5, CPU, 90).outcome == "oom"
+    assert probe_in_child(IDLE, 5, CPU, Room(90, None)).outcome == "oom"
 
 
 @pytest.mark.slow
 def test_a_child_that_the_kernel_kills_ran_out_of_memory() -> None:
     killed = replace(IDLE, model=partial(signal.raise_signal, signal.SIGKILL))
-    assert probe_in_child(killed, 1, CPU, None).outcome == "oom"
+    assert probe_in_child(killed, 1, CPU, Room(1 << 20, None)).outcome == "oom"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpmem import jobs
+from dpmem import host, jobs
 from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
@@ -279,7 +279,7 @@ def test_host_memory(
 ) -> None:
     for name, text in files.items():
         write(tmp_path / name, text)
-    monkeypatch.setattr(jobs, "_ROOT", tmp_path)
+    monkeypatch.setattr(host, "_ROOT", tmp_path)
     assert device_memory_bytes(CPU) == expected
 
 
