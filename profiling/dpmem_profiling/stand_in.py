@@ -10,25 +10,48 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dpmem_profiling.tracker import MemoryTracker
 
 _aten = torch.ops.aten
+# What is False of every 1, and what is False where all that it is given is.
+_FALSE = {
+    _aten.isnan.default,
+    _aten.isinf.default,
+    _aten.isposinf.default,
+    _aten.isneginf.default,
+}
+_FALSE_OF_FALSE = {
+    _aten.any.default,
+    _aten.any.dim,
+    _aten.any.dims,
+    _aten.all.default,
+    _aten.all.dim,
+    _aten.all.dims,
+    _aten.logical_or.default,
+    _aten.bitwise_or.Tensor,
+    _aten.stack.default,
+    _aten.cat.default,
+}
 
 
 class StandIn(TorchDispatchMode):
     """Enter it last, above the tracker.
 
-    `.item()`, which loops call to log a loss, is answered: 1, or True; `notes` says so. What only
-    changes values and allocates nothing is left out.
+    `.item()`, which loops call to log a loss, is answered: 1, or True; `notes` says so. That a
+    value is NaN or infinite is answered False. What only changes values and allocates nothing is
+    left out.
     """
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__()
         self._tracker = tracker
         self._asked = 0
+        self._false: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -41,19 +64,29 @@ class StandIn(TorchDispatchMode):
                 # Optimizers read their own step counters.
                 self._asked += 1
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+            if dtype is torch.bool:
+                return args[0] not in self._false
+            return 1.0 if dtype.is_floating_point else 1
         if _changes_lists_in_place(func):
             # Nothing to compute and nothing to allocate: a third of an optimizer step's time.
             return None
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in _FALSE or (func in _FALSE_OF_FALSE and self._are_false(args)):
+            self._false[result] = None
+        return result
+
+    def _are_false(self, args: Any) -> bool:
+        leaves = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        return all(leaf in self._false for leaf in leaves)
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the trace must know."""
         if not self._asked:
             return ()
         return (
-            f"The steps asked {self._asked} times for a tensor's value (.item()) and were told 1 "
-            "(True for a bool): if they decide by it, the forecast is of that decision.",
+            f"The steps asked {self._asked} times for a tensor's value (.item(), .numpy(), if) and "
+            "were told 1 (True for a bool, but that nothing is NaN or infinite): if they decide by "
+            "it, the forecast is of that decision.",
         )
 
 
@@ -61,8 +94,8 @@ class StandIn(TorchDispatchMode):
 def as_with_data() -> Iterator[None]:
     """What decides by a tensor's type or value goes, inside the block, as it does with data.
 
-    f"{loss:.3f}" asks for the value. GradScaler steps: it skips the step where it is told that it
-    found an infinity, and then the optimizer's state would be missing.
+    f"{loss:.3f}" and loss.numpy() ask for the value. GradScaler steps: it skips the step where it
+    is told that it found an infinity, and then the optimizer's state would be missing.
     """
 
     def format_(tensor: Tensor, specification: str) -> str:
@@ -70,11 +103,20 @@ def as_with_data() -> Iterator[None]:
             return format(tensor.item(), specification)
         return object.__format__(tensor, specification)
 
+    def numpy(tensor: Tensor, *, force: bool = False) -> Any:
+        if tensor.numel() != 1:
+            raise DataDependentOutputException(Tensor.numpy)  # type: ignore[arg-type]
+        shape, dtype, value = tensor.shape, tensor.dtype, tensor.detach().item()
+        with _disable_current_modes():
+            known = torch.full(shape, value, dtype=dtype, requires_grad=tensor.requires_grad)
+            return known.numpy(force=force)
+
     def step(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
         return optimizer.step(*args, **kwargs)
 
     with (
         mock.patch.object(FakeTensor, "__format__", format_),
+        mock.patch.object(FakeTensor, "numpy", numpy),
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step),
     ):
         yield

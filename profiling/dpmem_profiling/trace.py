@@ -164,7 +164,11 @@ def trace(
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
         changes=_releases_in_order(tracker.changes),
         step_starts=tuple(starts),
-        notes=(*stand_in.notes(), *_compiled(built.model)),
+        notes=(
+            *stand_in.notes(),
+            *_compiled(built.model),
+            *(() if kernels is None else _recurrent(built.model)),
+        ),
     )
 
 
@@ -178,6 +182,20 @@ def _compiled(model: nn.Module) -> tuple[str, ...]:
     return (
         "The model is compiled, and was traced uncompiled: what torch.compile makes it take is "
         "not known.",
+    )
+
+
+def _recurrent(model: nn.Module) -> tuple[str, ...]:
+    """A note where cuDNN would run a whole layer: its library decides what that takes.
+
+    Source: aten/src/ATen/native/cudnn/RNN.cpp, which asks cuDNN for both sizes.
+    """
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, nn.RNNBase)}
+    if not kinds:
+        return ()
+    return (
+        "unknown: workspace and reserve of cuDNN's RNN. The model has recurrent layers "
+        f"({', '.join(sorted(kinds))}), and the figures leave these out.",
     )
 
 

@@ -1,6 +1,7 @@
 """dpmem.estimate and its command: what they pass on, and what they say."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,13 @@ def test_compressed_steps_leave_nothing_behind() -> None:
         sum(change.delta_bytes for change in traced.changes[:start]) for start in traced.step_starts
     ]
     assert live[1] == live[2] == live[3]
+
+
+def test_what_is_not_known_of_recurrent_layers_is_in_the_estimate() -> None:
+    def last(model: nn.Module, batch: Tensor) -> Tensor:
+        outputs: Tensor = model(batch.unsqueeze(1))[0]
+        return outputs.square().mean()
+
+    job = replace(JOB, model=partial(nn.LSTM, WIDTH, WIDTH), loss=last)
+    notes = dpmem.estimate(job, batch_size=4, gpu="a100-40gb").notes
+    assert any("unknown: workspace and reserve of cuDNN's RNN" in note for note in notes)

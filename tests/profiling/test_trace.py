@@ -1,5 +1,6 @@
 """A traced step against the same step measured, and against what CUDA is known to do."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -269,3 +270,62 @@ def test_a_compiled_model_is_said_to_be_unknown() -> None:
 
     assert "not known" in " ".join(trace(replace(RESIDUAL, model=compiled), 4, GPU).notes)
     assert not trace(RESIDUAL, 4, GPU).notes
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_is_said_to_be_unknown(layer: type[nn.RNNBase]) -> None:
+    def last(model: nn.Module, batch: Tensor) -> Tensor:
+        outputs: Tensor = model(batch.unsqueeze(1))[0]
+        return outputs.square().mean()
+
+    job = replace(RESIDUAL, model=lambda: layer(WIDTH, WIDTH), loss=last)
+    (note,) = trace(job, 4, GPU).notes
+    assert "unknown: workspace and reserve of cuDNN's RNN" in note
+    assert layer.__name__ in note
+    # The CPU has no cuDNN.
+    assert trace(job, 4, None).notes == ()
+
+
+def test_a_loss_as_an_array_is_a_value_asked_for() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        result = mean_square(model, batch)
+        array = result.detach().cpu().numpy()
+        assert (array.shape, array.dtype, float(array)) == ((), "float32", 1.0)
+        with pytest.raises(RuntimeError, match="requires grad"):
+            result.numpy()
+        return result
+
+    traced = trace(replace(RESIDUAL, loss=loss), 4, GPU)
+    assert ".numpy()" in " ".join(traced.notes)
+    assert last_step_peak_bytes(traced) == last_step_peak_bytes(trace(RESIDUAL, 4, GPU))
+
+
+def test_an_array_of_many_values_is_refused() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        result: Tensor = model(batch)
+        return result.mean() * float(result.detach().numpy().max())
+
+    with pytest.raises(Untraceable, match="numpy"):
+        trace(replace(RESIDUAL, loss=loss), 4, GPU)
+
+
+@pytest.mark.parametrize(
+    "is_broken",
+    [
+        torch.isnan,
+        torch.isinf,
+        lambda loss: torch.isnan(loss).any(),
+        lambda loss: torch.logical_or(loss.isnan(), loss.isinf()),
+        lambda loss: torch.isnan(loss) | torch.isinf(loss),
+        lambda loss: not torch.isfinite(loss),
+        lambda loss: not torch.isfinite(loss).all(),
+    ],
+)
+def test_a_loss_is_neither_nan_nor_infinite(is_broken: Callable[[Tensor], Any]) -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        result = mean_square(model, batch)
+        if is_broken(result):
+            raise AssertionError("the loss is broken")
+        return result
+
+    assert "2 times" in " ".join(trace(replace(RESIDUAL, loss=loss), 4, GPU).notes)
