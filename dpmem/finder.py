@@ -126,7 +126,9 @@ def find_batch_size(
     with ExitStack() as undo:
         if ranks is not None:
             undo.enter_context(ranks)
-        undo.enter_context(undisturbed([*held, *state]))
+        if not isolate:
+            # Else nothing happens here, and to remember CUDA's random state takes a context.
+            undo.enter_context(undisturbed([*held, *state]))
         if ranks is None:
             own = room_in_child if isolate else _room_here
             room = own(budget_bytes, device)

@@ -51,7 +51,7 @@ def room_in_child(budget_bytes: int | None, device: torch.device) -> Room:
 
     Raises ValueError as `dpmem.jobs.checked_budget` does, RuntimeError where the child ends first.
     """
-    return _ask_child(partial(_room, budget_bytes, device))
+    return ask_child(partial(_room, budget_bytes, device))
 
 
 def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Probe:
@@ -65,7 +65,7 @@ def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Pr
     Raises TypeError where the job does not pickle, InvalidJob where it breaks its promise.
     """
     try:
-        return _ask_child(partial(_probe, pickled_job(job), batch, device, room))
+        return ask_child(partial(_probe, pickled_job(job), batch, device, room))
     except _ChildDied as death:
         if death.exit_code == -signal.SIGKILL:
             return Probe(batch, "oom")
@@ -75,7 +75,7 @@ def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Pr
 def explain_in_child(job: Job, result: BatchSizeResult, device: torch.device) -> str:
     """`dpmem.jobs.explain_too_small` in a fresh process, which its step may end."""
     try:
-        return _ask_child(partial(_explain, pickled_job(job), result, device))
+        return ask_child(partial(_explain, pickled_job(job), result, device))
     except _ChildDied as death:
         return f"does not fit: {result.limited_by}; tried with more memory, the job {death}"
 
@@ -88,7 +88,7 @@ class _ChildDied(RuntimeError):  # noqa: N818 - reads as what it is
         self.exit_code = exit_code
 
 
-def _ask_child(question: Callable[[], Answer | ValueError]) -> Answer:
+def ask_child(question: Callable[[], Answer | ValueError]) -> Answer:
     """What `question` returns in a fresh process.
 
     Raises the ValueError that it returns, and _ChildDied where the process says nothing.

@@ -14,6 +14,7 @@ import torch
 
 import dpmem.demo
 from dpmem.cli import main
+from dpmem_profiling import BatchSizeResult
 
 JOB = """
 import torch
@@ -125,6 +126,19 @@ def test_find_batch_size(job_file: Path, run: Command) -> None:
     confirmed = [p for p in found["probes"] if p["batch"] == found["largest_safe"]]
     assert confirmed
     assert confirmed[0]["outcome"] == "fits"
+
+
+def test_the_command_prints_what_the_result_does(job_file: Path, run: Command) -> None:
+    options = ("find-batch-size", f"{job_file}:job", "--budget", "8MiB", "--multiple-of", "8")
+    found = BatchSizeResult.from_json(json.loads(run(*options, "--json").stdout))
+    assert found.largest_safe is not None
+    assert found.largest_safe % 8 == 0
+    printed = " ".join(run(*options).stdout.split())
+    # What was timed differs from run to run.
+    same = [row for row in str(found).split("\n") if "/s" not in row and " a step" not in row]
+    assert len(same) >= 7
+    for row in same:
+        assert " ".join(row.split()) in printed
 
 
 def test_a_batch_that_the_job_refuses_is_passed_over(job_file: Path, run: Command) -> None:

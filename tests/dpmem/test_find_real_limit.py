@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import dpmem
-from dpmem.isolation import Room, probe_in_child
+from dpmem.isolation import Room, ask_child, probe_in_child
 
 CPU = torch.device("cpu")
 SCRIPT = Path(__file__).parent / "real_limit.py"
@@ -53,3 +53,10 @@ def test_allocations_that_fail_are_out_of_memory() -> None:
     job = dpmem.Job(too_large, torch.ones, torch.sum)
     done = probe_in_child(job, 1, CPU, Room(1 << 62, None))
     assert (done.outcome, done.error) == ("oom", None)
+
+
+@pytest.mark.slow
+def test_where_the_kernel_must_kill_it_takes_the_trial() -> None:
+    score = Path("/proc/self/oom_score_adj")
+    assert ask_child(partial(score.read_text)) == "1000\n"
+    assert int(score.read_text()) < 1000
