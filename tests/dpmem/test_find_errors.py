@@ -90,6 +90,23 @@ def test_a_job_whose_optimizer_hides_small_batches_is_none_of_these() -> None:
     assert found.largest_safe == 16
 
 
+def test_a_step_function_whose_peak_is_the_optimizers_is_none_either() -> None:
+    model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+
+    def step(n: int) -> None:
+        mean_square(model, torch.randn(n, 64)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    found = dpmem.find_batch_size(
+        step, state=[model, optimizer], budget_bytes=BUDGET_BYTES, max_batch=16, device=CPU
+    )
+    assert found.largest_safe == 16
+    # What this test is about: as much for one sample as for sixteen.
+    assert len({peak_bytes for _, peak_bytes in found.curve}) == 1
+
+
 @pytest.mark.parametrize("isolate", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("budget_bytes", [0, -1])
 def test_budgets_that_are_none(budget_bytes: int, isolate: bool) -> None:
