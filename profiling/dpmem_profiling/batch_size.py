@@ -2,14 +2,17 @@
 
 A step's peak is the highest of its phases' peaks, and each of those is close to a straight line in
 the batch size: small batches peak in the optimizer's step, large ones between forward and backward.
-So two small probes give a line for each phase, the lines propose the answer, and one probe confirms
-it. Where the lines are wrong (an algorithm changes with the size) or only the total is known, the
-search brackets: each further probe at least narrows what is possible.
+So two small probes give a line for each phase, raised by what the allocator reserves beyond the
+tensors; the lines propose the answer, and one probe confirms it. Where the lines are wrong (an
+algorithm changes with the size, memory fragments) or only the total is known, the search brackets:
+each further probe at least narrows what is possible, and three that did not halve it are followed
+by one that does.
 
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
-That the next one does not fit was either probed too, or inferred from a line that had predicted the
-confirming probe to within half a sample and puts the next one over by more than it was off;
-`limited_by` says which. A peak that falls again beyond a batch that failed is not looked for.
+That a percent more does not fit was either probed too, or inferred from a line that had predicted
+the confirming probe to within half of that and puts more over by more than it was off; `limited_by`
+says which. Nothing is inferred from reserved bytes, which grow in steps. A peak that falls again
+beyond a batch that failed is not looked for.
 
 Some jobs refuse small batches: batch normalization one sample, micro-batches what they cannot
 split. The search starts at the first of `FIRST_BATCHES` that does not end in an error.
@@ -17,6 +20,7 @@ split. The search starts at the first of `FIRST_BATCHES` that does not end in an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,6 +32,9 @@ FIRST_BATCHES = (1, 2, 4, 8)
 GROWTH = 4
 # A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
 LOCAL = 15 / 16
+NEARLY = 0.02
+# How much smaller the batch after one that the lines had promised and that failed.
+STEP_BACK = 0.06
 
 
 def search(
@@ -40,6 +47,9 @@ def search(
     source: Source = "measured",
 ) -> BatchSizeResult:
     """Find the largest batches within `limit_bytes` and within `limit_bytes - margin_bytes`.
+
+    Each is never above the largest there is, and below it by at most a percent: fewer than a
+    hundred samples are exact.
 
     A probe's peak is its reserved_bytes, else allocated_bytes, else predicted_bytes. Any outcome
     but "fits" is an upper bound, except "error" at the first batches: then larger ones are tried,
@@ -88,7 +98,7 @@ def search(
 class _Line(NamedTuple):
     """A peak at some batch, and how it grows with each sample more."""
 
-    peak_bytes: int
+    peak_bytes: float
     slope: float
 
     def at(self, more: int) -> float:
@@ -112,6 +122,8 @@ class _Search:
         self.peaks: dict[int, int] = {}
         # How far the line through earlier probes was off, where that was within half a sample.
         self._foreseen: dict[int, float] = {}
+        # What lines came near enough to that they are worth following.
+        self._as_said: set[int] = set()
         for batch in FIRST_BATCHES:
             if batch > max_batch:
                 break
@@ -123,38 +135,43 @@ class _Search:
 
     def largest_within(self, target_bytes: int) -> int | None:
         """The largest batch whose peak is within `target_bytes`, probing as needed."""
-        surprises, measured = 0, False
+        surprises, refusals, slow = 0, 0, 0
+        width = math.inf
         while True:
             failure = self._first_failure(target_bytes)
             best = max((batch for batch in self.peaks if batch < failure), default=None)
-            if best is None or best + 1 == failure:
+            if best is None or failure - best <= 1 + _tolerance(best):
                 return best
+            # How many probes since what is possible was last halved.
+            slow = 0 if failure - best <= width / 2 else slow + 1
+            width = failure - best if slow == 0 else width
             # Between a batch that fits and one that ran but is too large, both peaks are known.
-            # That is better ground than what went before: its surprises no longer count.
-            if failure in self.peaks and not measured:
-                surprises = 0
             measured = failure in self.peaks
             lines = self._chords(failure, best) if measured else self._lines(best)
             rising = [line for line in lines if line.slope > 0]
             if rising:
                 room = min((target_bytes - line.peak_bytes) / line.slope for line in rising)
                 aim = best + int(room)
-                overflow_bytes = max(line.at(1) for line in rising) - target_bytes
-                if best in self._foreseen and overflow_bytes > self._foreseen[best]:
+                next_bytes = max(line.at(1 + _tolerance(best)) for line in rising)
+                if next_bytes - target_bytes > self._foreseen.get(best, math.inf):
                     return best
             else:
-                aim = GROWTH * best
-            refuted = failure <= self.max_batch and (
-                (aim >= failure and not measured) or surprises >= 3
-            )
-            if refuted:
+                # Half of what would fit if the peak had no part that stays the same.
+                aim = max(GROWTH * best, best * target_bytes // (2 * self.peaks[best] or 1))
+            if failure > self.max_batch:
+                if surprises >= 3:
+                    aim = max(aim, best + 2**surprises)
+            elif slow >= 3:
                 aim = (best + failure) // 2
-            elif surprises >= 3:
-                aim = max(aim, best + 2**surprises)
-            aim = min(max(aim, best + 1), failure - 1)
+            elif aim >= failure and not measured:
+                # Fragments take a few percent that no line foresees; halving comes after.
+                step_back = int(failure * STEP_BACK * 2**refusals)
+                aim = max((best + failure) // 2, failure - step_back)
+            aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
             highest = max(lines, key=lambda line: line.at(aim - best))
             self._try(aim, highest.at(aim - best), highest.slope)
-            surprises = 0 if aim in self._foreseen else surprises + bool(rising)
+            surprises = 0 if aim in self._as_said else surprises + bool(rising)
+            refusals = 0 if aim in self.peaks else refusals + 1
 
     def lowest_failure(self, target_bytes: int) -> int | None:
         """The smallest probed batch that does not fit, None where all did."""
@@ -181,25 +198,31 @@ class _Search:
         """
         below = [other for other in self.peaks if other < batch]
         if not below:
-            return [_Line(peak_bytes, 0.0) for peak_bytes in self._phases(batch).values()]
+            return [_Line(self.peaks[batch], 0.0)]
         base = max((other for other in below if other <= LOCAL * batch), default=min(below))
         return self._chords(base, batch)
 
     def _chords(self, other: int, batch: int) -> list[_Line]:
-        """One line for each phase, through two probed batches, starting at `batch`."""
-        there = self._phases(other)
-        return [
-            _Line(peak_bytes, (peak_bytes - there[name]) / (batch - other))
-            for name, peak_bytes in self._phases(batch).items()
+        """Lines through two probed batches, starting at `batch`: the peak's and each phase's.
+
+        Phases are known in allocated bytes. Their lines are raised to the peak by as much as the
+        peak of `batch` exceeds them: what an allocator rounds and fragments.
+        """
+        more = batch - other
+        here, there = self._phases(batch), self._phases(other)
+        peak_bytes = self.peaks[batch]
+        raised = peak_bytes / max(here.values(), default=peak_bytes) if peak_bytes else 1.0
+        lines = [
+            _Line(raised * size, raised * (size - there[name]) / more)
+            for name, size in here.items()
             if name in there
         ]
+        if not lines or self.probes[batch].reserved_bytes is not None:
+            lines.append(_Line(peak_bytes, (peak_bytes - self.peaks[other]) / more))
+        return lines
 
     def _phases(self, batch: int) -> Mapping[str, int]:
-        """The phases' peaks where the probe knows them, else the one peak there is."""
-        probe = self.probes[batch]
-        if probe.peak_by_phase and probe.reserved_bytes is None:
-            return probe.peak_by_phase
-        return {"": self.peaks[batch]}
+        return self.probes[batch].peak_by_phase or {}
 
     def _try(self, batch: int, predicted_bytes: float = 0.0, slope: float = 0.0) -> None:
         if batch in self.probes:
@@ -218,8 +241,17 @@ class _Search:
             )
         self.peaks[batch] = peak_bytes
         error_bytes = abs(peak_bytes - predicted_bytes)
-        if slope > 0 and error_bytes <= slope / 2:
+        if error_bytes <= NEARLY * peak_bytes:
+            self._as_said.add(batch)
+        # What an allocator reserves is a staircase: there one more step may hide many samples.
+        smooth = done.reserved_bytes in (None, done.allocated_bytes)
+        if smooth and slope > 0 and error_bytes <= slope * (1 + _tolerance(batch)) / 2:
             self._foreseen[batch] = error_bytes
+
+
+def _tolerance(batch: int) -> int:
+    """How many samples more, a percent, are not worth another probe."""
+    return batch // 100
 
 
 def _peak_bytes(probe: Probe) -> int | None:
@@ -258,12 +290,13 @@ def _limited_by(
             return f"max_batch={hunt.max_batch}; the peak does not grow with the batch"
         return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
     failure = hunt.lowest_failure(limit_bytes - margin_bytes)
-    if failure == largest_safe + 1:
+    if failure is not None and failure - largest_safe <= 1 + _tolerance(largest_safe):
         if hunt.probes[failure].outcome == "error":
             reason = hunt.probes[failure].error
             return f"batch {failure} failed" + (f": {reason}" if reason else "")
         return f"memory: batch {failure} was tried and takes too much"
     return (
-        f"memory: {format_bytes(per_sample)} a sample, "
-        f"so batch {largest_safe + 1} would take too much by the line through the probes"
+        f"memory: {format_bytes(per_sample)} a sample, so batch "
+        f"{largest_safe + 1 + _tolerance(largest_safe)} would take too much by the line through "
+        "the probes"
     )
