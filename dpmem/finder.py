@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpmem.agreement import Ranks
+from dpmem.explain import explain_too_small
 from dpmem.forecast import forecast_of
 from dpmem.growth import refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, pickled_job, probe_in_child, room_in_child
 from dpmem.jobs import (
     checked_budget,
     default_device,
-    explain_too_small,
     is_out_of_memory,
     measure_within,
 )

@@ -14,8 +14,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from dpmem.explain import explain_too_small
 from dpmem.host import Peak, process_limit, process_peak_bytes
-from dpmem.jobs import checked_budget, explain_too_small
+from dpmem.jobs import checked_budget
 from dpmem.targets import describe
 from dpmem_profiling import BatchSizeResult, InvalidJob, Job, Probe
 
@@ -73,7 +74,7 @@ def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Pr
 
 
 def explain_in_child(job: Job, result: BatchSizeResult, device: torch.device) -> str:
-    """`dpmem.jobs.explain_too_small` in a fresh process, which its step may end."""
+    """`dpmem.explain.explain_too_small` in a fresh process, which its step may end."""
     try:
         return ask_child(partial(_explain, pickled_job(job), result, device))
     except _ChildDied as death:

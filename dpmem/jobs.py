@@ -1,4 +1,4 @@
-"""What people do with a Job: measure it, report on it, explain why it does not fit."""
+"""What people do with a Job: measure it, report on it; and what memory there is for that."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dpmem.data_parallel import DataParallel
 from dpmem.host import memory_bytes
 from dpmem_profiling import (
-    BatchSizeResult,
     Category,
     Job,
     MemoryLimitExceeded,
@@ -101,58 +100,6 @@ def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
             f"received {format_bytes(budget_bytes)}; state a smaller one"
         )
     return budget_bytes
-
-
-def explain_too_small(job: Job, result: BatchSizeResult, device: torch.device | None = None) -> str:
-    """Why not even the smallest batch fits: by how much, what takes the room, what would help.
-
-    Runs the job at that batch again, to know, with more than the budget where the machine can
-    easily spare it: half of what it has free. What needs more than that is stopped, and the message
-    says what it needs at least.
-    """
-    device = device or default_device()
-    batch = next(probe.batch for probe in result.probes if probe.outcome != "error")
-    step = "one sample's step" if batch == 1 else f"the step of the smallest batch, {batch}"
-    usable_bytes = result.limit_bytes - result.margin_bytes
-    budget = (
-        f"does not fit: the budget of {format_bytes(result.limit_bytes)}, "
-        f"{format_bytes(result.margin_bytes)} of it kept free, is below"
-    )
-    help_step = "what would help: activations='2bit', shorter or smaller samples, a larger budget"
-    memory = device_memory_bytes(device)
-    spare_bytes = 0 if memory is None else memory[0] // 2
-    try:
-        record = measure_within(job, batch, device, max(result.limit_bytes, spare_bytes))
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        live_bytes = error.live_bytes if isinstance(error, MemoryLimitExceeded) else 0
-        needed_bytes = max(live_bytes, result.peak_bytes or 0)
-        if needed_bytes <= usable_bytes:
-            return f"{budget} {step}, which takes more than this machine could give; {help_step}"
-        return (
-            f"{budget} {step}, at least {format_bytes(needed_bytes)}, "
-            f"by at least {format_bytes(needed_bytes - usable_bytes)}; {help_step}"
-        )
-    # Weights, buffers and optimizer states stay; gradients come with the first backward.
-    own_bytes = sum(record.persistent_bytes.values()) + max(
-        record.peak_by_category.get("gradient", 0), record.peak_by_category.get("bucket", 0)
-    )
-    largest = sorted(record.at_peak.items(), key=lambda item: -item[1])[:3]
-    causes = ", ".join(f"{category} {format_bytes(size)}" for category, size in largest)
-    if own_bytes > usable_bytes:
-        what, needed_bytes = "the model's own size", own_bytes
-        remedy = "what would help: a smaller model, an optimizer with less state, a larger budget"
-    else:
-        what, remedy = step, help_step
-        step_bytes = record.peak_reserved_bytes or record.peak_allocated_bytes
-        # The search may have counted more than the tensors: all that a process is.
-        needed_bytes = max(step_bytes, result.peak_bytes or 0)
-    return (
-        f"{budget} {what}, {format_bytes(needed_bytes)}, "
-        f"by {format_bytes(needed_bytes - usable_bytes)}; "
-        f"largest at batch {batch}: {causes}; {remedy}"
-    )
 
 
 def report(

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpmem import host, jobs
+from dpmem import explain, host, jobs
+from dpmem.explain import explain_too_small
 from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
     device_memory_bytes,
-    explain_too_small,
     is_out_of_memory,
 )
 from dpmem_profiling import BatchSizeResult, InvalidJob, Job, MemoryLimitExceeded
@@ -172,17 +172,31 @@ def test_how_much_is_missing_is_known_where_the_machine_has_it() -> None:
 
 def test_the_explanation_stops_where_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
     # Half of 80,000 is less than the 66,560 that weights, gradients and moments take.
-    monkeypatch.setattr(jobs, "device_memory_bytes", lambda device: (80_000, 1 << 40))
+    monkeypatch.setattr(explain, "device_memory_bytes", lambda device: (80_000, 1 << 40))
     message = explained(MLP, WEIGHT_BYTES + 100)
+    assert "below the model's own size, by forecast 6" in message
+    assert "; largest at batch 1: optimizer_state 3" in message
+    assert "workspace" not in message
+    assert "what would help: a smaller model" in message
+
+
+def test_where_a_forecast_is_not_to_be_had_the_least_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return mean_square(model, batch) + len(batch.nonzero())
+
+    monkeypatch.setattr(explain, "device_memory_bytes", lambda device: (80_000, 1 << 40))
+    message = explained(replace(MLP, loss=loss), WEIGHT_BYTES + 100)
     assert "below one sample's step, at least 4" in message
     assert "by at least" in message
-    assert "what would help" in message
+    assert "what takes the room is not known: its forecast raised Untraceable: a fore" in message
 
 
 def test_the_explanation_keeps_to_the_budget_where_the_machine_is_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jobs, "device_memory_bytes", lambda device: None)
+    monkeypatch.setattr(explain, "device_memory_bytes", lambda device: None)
     limits = []
     measure = jobs.measure
 
@@ -191,7 +205,7 @@ def test_the_explanation_keeps_to_the_budget_where_the_machine_is_unknown(
         return measure(*args, **kwargs)
 
     monkeypatch.setattr(jobs, "measure", watched)
-    assert "at least" in explained(MLP, WEIGHT_BYTES + 100)
+    assert "by forecast" in explained(MLP, WEIGHT_BYTES + 100)
     assert set(limits) == {WEIGHT_BYTES + 100}
 
 
