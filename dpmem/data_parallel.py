@@ -50,7 +50,8 @@ class DataParallel(nn.Module, Joinable):
     broadcast_buffers            torch's older name of forward_sync_buffers
     init_sync                    parameters and buffers are broadcast from rank 0 now
     process_group                default: the default group; world size 1 where there is none
-    bucket_cap_mb                MiB of a bucket (25)
+    bucket_cap_mb                MiB after which a bucket is full (25). While one is packed, its
+                                 gradients exist twice: smaller buckets lower that part of the peak
     find_unused_parameters       parameters that received no gradient in a backward on this rank
                                  get the others' average, and stay as they are where no rank had one
     check_reduction              no effect, there as here
