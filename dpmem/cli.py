@@ -41,6 +41,7 @@ from dpmem_profiling import (
     terminal_table,
     write_report,
 )
+from dpmem_profiling.estimate import outside_bytes_of
 from dpmem_profiling.gpus import gpu as gpu_named
 from dpmem_profiling.report.batch_words import batch_size_rows, probe_words
 
@@ -208,7 +209,16 @@ def report_command(target: str, batch: int, out: Path, gpu_name: str | None, as_
         console = Console()
         console.print(terminal_table([record]))
         console.print(f"report: {files.html}", soft_wrap=True)
-    return 0
+    if gpu is None or record.peak_reserved_bytes is None:
+        return 0
+    needed_bytes = record.peak_reserved_bytes + outside_bytes_of(gpu)
+    if needed_bytes <= gpu.total_bytes:
+        return 0
+    return finding(
+        f"batch {batch} would take {format_bytes(needed_bytes)} of the {gpu.title}'s "
+        f"{format_bytes(gpu.total_bytes)}; try a smaller one, which "
+        f"`dpmem find-batch-size {target} --gpu {gpu_name}` finds"
+    )
 
 
 @cli.command()

@@ -39,7 +39,7 @@ from dpmem_profiling import (
     StepContext,
     search,
 )
-from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES, BAND_ABOVE
+from dpmem_profiling.estimate import BAND_ABOVE, outside_bytes_of
 from dpmem_profiling.gpus import gpu as gpu_named
 from dpmem_profiling.tried import Tried, in_multiples
 
@@ -251,8 +251,7 @@ def _predicted(
 ) -> BatchSizeResult:
     known = gpu_named(gpu)
     forecast = forecast_of(job)
-    outside_bytes = ASSUMED_CONTEXT_BYTES if known.context_bytes is None else known.context_bytes
-    limit_bytes = known.total_bytes - outside_bytes
+    limit_bytes = known.total_bytes - outside_bytes_of(known)
     tried = Tried(
         lambda batch: Probe(batch, "fits", predicted_bytes=forecast.reserved_bytes(batch, known)),
         on_probe,

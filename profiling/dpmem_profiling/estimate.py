@@ -149,7 +149,7 @@ class Forecast:
         Raises SearchTooLong where batches run so differently that each must be traced, and what
         `trace` raises for a batch on the way: a data set may have no more samples.
         """
-        room_bytes = gpu.total_bytes - _context_bytes(gpu)
+        room_bytes = gpu.total_bytes - outside_bytes_of(gpu)
 
         def upper_bytes(batch: int) -> int:
             return _upper(self.reserved_bytes(batch, gpu))
@@ -185,7 +185,7 @@ class Forecast:
         traced = self.trace(batch_size, gpu)
         replayed = replay_trace(traced)
         context_bytes = gpu.context_bytes
-        outside_bytes = _context_bytes(gpu)
+        outside_bytes = outside_bytes_of(gpu)
         capacity_bytes = gpu.total_bytes - outside_bytes
         peaks = replay_allocations(traced, self._settings, capacity_bytes)
         notes = list(traced.notes)
@@ -228,7 +228,7 @@ class Forecast:
     def record(self, batch_size: int, gpu: Gpu) -> MemoryRecord:
         """The last traced step as a record, for reports; its notes give the band."""
         traced = self.trace(batch_size, gpu)
-        reserved_bytes, outside_bytes = self.reserved_bytes(batch_size, gpu), _context_bytes(gpu)
+        reserved_bytes, outside_bytes = self.reserved_bytes(batch_size, gpu), outside_bytes_of(gpu)
         band = (
             f"The whole GPU takes {format_bytes(_lower(reserved_bytes) + outside_bytes)} to "
             f"{format_bytes(_upper(reserved_bytes) + outside_bytes)}, the CUDA context included."
@@ -324,7 +324,8 @@ def _upper(reserved_bytes: int) -> int:
     return int(reserved_bytes * (1 + BAND_ABOVE))
 
 
-def _context_bytes(gpu: Gpu) -> int:
+def outside_bytes_of(gpu: Gpu) -> int:
+    """What is counted for the CUDA context: known, or assumed."""
     return ASSUMED_CONTEXT_BYTES if gpu.context_bytes is None else gpu.context_bytes
 
 

@@ -222,6 +222,17 @@ def test_report_for_a_gpu_is_predicted(job_file: Path, tmp_path: Path, run: Comm
     assert list(out.glob("*.png"))
 
 
+def test_a_predicted_step_that_does_not_fit_is_a_finding(
+    job_file: Path, tmp_path: Path, run: Command
+) -> None:
+    out = tmp_path / "out"
+    options = ("--batch", "50000000", "--gpu", "rtx-3060-12gb", "--out", str(out))
+    result = run("report", f"{job_file}:job", *options)
+    assert result.returncode == 1, result.stderr
+    assert "batch 50000000 would take" in result.stdout + result.stderr
+    assert list(out.glob("*.html"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

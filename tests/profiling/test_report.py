@@ -4,6 +4,7 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from dpmem_profiling import (
     terminal_table,
     write_report,
 )
-from dpmem_profiling.report.pictures import COLORS
+from dpmem_profiling.report.pictures import COLORS, timeline_png
 from dpmem_profiling.report.wording import LABELS, STACK, finding, how
 
 MIB = 2**20
@@ -182,6 +183,19 @@ def test_edge_records_still_make_a_report(make_record: Make, tmp_path: Path) -> 
     nothing = search(lambda batch: Probe(batch, "oom"), limit_bytes=MIB, margin_bytes=0)
     files = write_report([empty, empty], tmp_path, title="empty", batch_size=nothing)
     assert len(read(files.html).links) == 3
+
+
+def test_reserved_memory_is_drawn_where_it_is_known(make_record: Make) -> None:
+    plain = make_record()
+    reserved = replace(
+        plain,
+        timeline=tuple(
+            replace(point, reserved_bytes=3 * plain.peak_allocated_bytes)
+            for point in plain.timeline
+        ),
+    )
+    assert timeline_png([plain]) == timeline_png([plain])
+    assert timeline_png([plain]) != timeline_png([reserved])
 
 
 def test_no_records_are_refused(tmp_path: Path) -> None:

@@ -41,12 +41,16 @@ WIDTH_IN = 9.0
 def timeline_png(records: Sequence[MemoryRecord]) -> bytes:
     """Stacked live bytes over the recorded step: a panel per record, one scale for all."""
     figure = Figure(figsize=(WIDTH_IN, 0.9 + 2.5 * len(records)), layout="constrained")
-    top_bytes = max(record.peak_allocated_bytes for record in records) * 1.18 or 1
+    reserved_bytes = [size for record in records for _, size in _reserved(record)]
+    top_bytes = max(*[r.peak_allocated_bytes for r in records], *reserved_bytes, 0) * 1.18 or 1
     panels = figure.subplots(len(records), 1, sharey=True, squeeze=False)[:, 0]
     for axes, record, name in zip(panels, records, record_names(records), strict=True):
         _draw_timeline(axes, record, name, top_bytes)
     panels[-1].set_xlabel("allocations and releases, in order", color=FAINT)
-    _category_legend(figure, [category for category in STACK if _ever(records, category)])
+    handles = _patches([category for category in STACK if _ever(records, category)])
+    if reserved_bytes:
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, label="reserved"))
+    _legend(figure, handles)
     return _png(figure)
 
 
@@ -94,7 +98,7 @@ def peak_png(records: Sequence[MemoryRecord]) -> bytes:
     _scale_bytes(axes.xaxis, widest)
     _plain(axes, grid="x")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    _category_legend(figure, [category for category, _ in rows])
+    _legend(figure, _patches([category for category, _ in rows]))
     return _png(figure)
 
 
@@ -168,6 +172,9 @@ def _draw_timeline(axes: Axes, record: MemoryRecord, name: str, top_bytes: float
         linewidth=0,
         zorder=2,
     )
+    reserved = _reserved(record)
+    if reserved:
+        axes.step(*zip(*reserved, strict=True), where="post", color=INK, linewidth=1.2, zorder=3)
     _shade_phases(axes, record, top_bytes)
     peak = max(record.timeline, key=lambda point: sum(point.live_bytes.values()))
     seen_bytes = sum(peak.live_bytes.values())
@@ -184,6 +191,15 @@ def _draw_timeline(axes: Axes, record: MemoryRecord, name: str, top_bytes: float
         zorder=4,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
     )
+
+
+def _reserved(record: MemoryRecord) -> list[tuple[int, int]]:
+    """Where the caching allocator's memory is known: (event, bytes)."""
+    return [
+        (point.event, point.reserved_bytes)
+        for point in record.timeline
+        if point.reserved_bytes is not None
+    ]
 
 
 def _shade_phases(axes: Axes, record: MemoryRecord, top_bytes: float) -> None:
@@ -242,8 +258,8 @@ def _plain(axes: Axes, *, grid: str) -> None:
     axes.tick_params(colors=FAINT, length=0)
 
 
-def _category_legend(figure: Figure, categories: Sequence[Category]) -> None:
-    _legend(figure, [Patch(color=COLORS[name], label=LABELS[name]) for name in categories])
+def _patches(categories: Sequence[Category]) -> list[Patch | Line2D]:
+    return [Patch(color=COLORS[name], label=LABELS[name]) for name in categories]
 
 
 def _legend(figure: Figure, handles: Sequence[Patch | Line2D]) -> None:
