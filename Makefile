@@ -5,6 +5,7 @@ bin := $(VENV)/bin
 sources := dpmem kernels profiling tests examples reports
 
 next := $(VENV)/triton-next
+timm_then := $(VENV)/timm-1.0.9
 # Whole files, so that what a file compiles once is compiled once.
 parallel := --numprocesses 2 --dist loadfile
 
@@ -35,10 +36,16 @@ bench: setup
 	PYTHONPATH=kernels $(bin)/python -m bench --threads 1 2
 
 # Forecasts beside the peaks that others measured on GPUs: writes reports/validation/. Needs
-# transformers and torchvision (extra `examples`); half an hour on two cores.
-validation: setup
+# transformers, timm and torchvision (extra `examples`); an hour on two cores.
+validation: setup $(timm_then)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[examples]"
 	PYTHONPATH=reports/validation $(bin)/python reports/validation/validate.py
+	PYTHONPATH=$(timm_then):reports/validation \
+		$(bin)/python reports/validation/timm_slopes.py --models 150
+
+# The timm that the measured runs were of, beside the one that the tests are run with.
+$(timm_then): | $(VENV)/.ready
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ timm==1.0.9
 
 # What a machine without a GPU can prove of the kernels, every one for every target: writes
 # reports/kernels/verify.json and the table in kernels/README.md. Minutes; uses every core.
