@@ -294,6 +294,8 @@ def _limited_by(
         if hunt.probes[failure].outcome == "error":
             reason = hunt.probes[failure].error
             return f"batch {failure} failed" + (f": {reason}" if reason else "")
+        if hunt.peaks.get(failure, limit_bytes + 1) <= limit_bytes:
+            return f"memory: batch {failure} was tried and leaves too little of it free"
         return f"memory: batch {failure} was tried and takes too much"
     return (
         f"memory: {format_bytes(per_sample)} a sample, so batch "
