@@ -7,6 +7,7 @@ need more, so what is planned is an upper bound of what is stored.
 """
 
 import heapq
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class Planner:
     """Chooses the bits of each forward's storages, numbered from 1 by when they were first saved.
 
     Raises RuntimeError where the fewest bits take more than the budget, and where ranks save
-    different numbers of tensors.
+    different numbers of tensors. Warns where one forward took more because its tensors grew.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Planner:
         self._since_refresh = 0
         self._fixed_bytes = 0
         self._count = 0
+        self._off_plan = False
 
     def begin(self) -> None:
         """A forward begins: plan by what the last ones told, and read this one if it is due."""
@@ -120,6 +122,7 @@ class Planner:
             # then is it certain that all of them plan.
             self._plan()
         self._candidates = {}
+        self._off_plan = False
         self._since_refresh += 1
         due = self._since_refresh > self._refresh_forwards or not self._sensitivity
         if due:
@@ -132,7 +135,10 @@ class Planner:
         least = least_bits if known is None else max(known.least_bits, least_bits)
         self._candidates[number] = Candidate(numel, exact_bits, least)
         planned = self._planned.get(number)
-        if planned is None or planned.numel != numel:
+        if planned is None or planned.numel < numel:
+            # More than was planned for: what the others were given is needed here.
+            self._off_plan = True
+        if planned is None or planned.numel != numel or self._off_plan:
             return least
         return max(self._chosen[number], least)
 
@@ -161,6 +167,12 @@ class Planner:
                 f"with the fewest bits they take {least}, {self._fixed_bytes} of them exact or "
                 "masks; raise the budget, make the batch smaller or checkpoint a part of the model"
             )
+        warnings.warn(
+            f"a forward saved larger tensors than the one before, for which the budget of "
+            f"{self._budget_bytes} bytes was planned, and took {total_bytes}; the next one is "
+            "planned for them; begin with the largest shapes, or use fixed bits",
+            stacklevel=4,
+        )
 
     def _plan(self) -> None:
         # A row a number: a rank with a smaller batch may have fewer candidates, and plans for all.

@@ -109,8 +109,12 @@ def _attention(tensor: Tensor, call: FunctionCall) -> Use:
         dropout = call.argument(4, "dropout_p", 0.0)
         query, key = call.argument(0, "query"), call.argument(1, "key")
         weights = query.shape[-2], key.shape[-2]
+        operands = query, key, call.argument(2, "value")
         # The CPU has no fused kernel with dropout, and its unfused way saves no attention mask.
-        if dropout > 0 and tensor.device.type == "cpu" and tensor.shape[-2:] == weights:
+        # Frozen operands it saves, and their softmax: these may have the mask's shape.
+        frozen = not all(operand.requires_grad for operand in operands)
+        on_cpu = tensor.device.type == "cpu"
+        if dropout > 0 and on_cpu and not frozen and tensor.shape[-2:] == weights:
             return Use("mask", "the mask of the attention's dropout")
         return Use("statistics", "a mask that may hold -inf, or a log-sum-exp")
     mask = call.argument(3, "attn_mask")

@@ -20,7 +20,7 @@ class Slot:
     sign     where they are positive: codes could not tell for values near zero
     """
 
-    __slots__ = ("dtype", "number", "reference", "sign", "values", "version")
+    __slots__ = ("__weakref__", "dtype", "number", "reference", "sign", "values", "version")
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number

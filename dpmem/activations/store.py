@@ -89,7 +89,8 @@ class ActivationStore:
                 policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
             )
         self._no_compiled_code: AbstractContextManager[None] | None = None
-        self._slots: dict[int, Slot] = {}
+        # Weakly: what backward has used, or nobody can reach any more, is not kept from here.
+        self._slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
         # Of the tensor that is packed now, from 1; a slot has that of its first.
         self._number = 0
         # Every saved tensor of this forward, where somebody asks.
@@ -117,6 +118,10 @@ class ActivationStore:
                 "active (checkpoint, save_on_cpu or another compression), and torch runs only the "
                 "innermost; put the checkpoint inside the compressed model, not around it"
             )
+        if self._planner is not None:
+            # May refuse: before anything is switched that only leaving switches back.
+            self._planner.begin()
+            self.reader = self._planner.reader
         if "torch._dynamo" in sys.modules:
             # Compiled code was compiled without the tracker's mode: torch's own guards notice.
             try:
@@ -129,9 +134,6 @@ class ActivationStore:
         if self._host is not None:
             self._host.begin_forward()
         unpack = _unpack
-        if self._planner is not None:
-            self._planner.begin()
-            self.reader = self._planner.reader
         if self.reader is not None:
             self._tracker.watch = self.reader.arm
             unpack = partial(_unpack_and_read, self.reader)
@@ -159,10 +161,12 @@ class ActivationStore:
             self._host.end_forward()
         if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
             raise NotImplementedError(_COMPILED) from value
-        if self._planner is not None and kind is None:
-            assert self.log is not None
-            self._planner.end(self.log)
-            self.log = []
+        if self._planner is not None:
+            # Whatever became of this forward, the next one starts its own.
+            saved, self.log = self.log, []
+            assert saved is not None
+            if kind is None:
+                self._planner.end(saved)
 
     def _pack(self, tensor: Tensor) -> Packed:
         self._number += 1
@@ -190,11 +194,11 @@ class ActivationStore:
         # Expanded from a small storage, it has no more values than that.
         if small or _numel_of_storage(tensor) < self._least_numel:
             return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
-        if self._tracker.owns(tensor):
+        use = use_of(tensor, self._tracker.call)
+        # A dropout's mask is nobody's, though what it was made beside may all be the model's.
+        if use.role != "mask" and self._tracker.owns(tensor):
             return MODEL
-        if tensor.is_conj() or tensor.is_neg():
-            return FOREIGN
-        return use_of(tensor, self._tracker.call)
+        return FOREIGN if tensor.is_conj() or tensor.is_neg() else use
 
     def _store(self, tensor: Tensor, use: Use) -> Packed:
         """`tensor`, an activation, as the policy has it for this use."""

@@ -29,14 +29,19 @@ _NONLINEAR_BITS = 8
 class Derivation(NamedTuple):
     """A storage that is arithmetic on one other, value by value in memory order."""
 
-    result: StorageWeakRef | None
-    """Keeps the address from being reused; None: it is the source itself."""
+    result: StorageWeakRef
+    """Keeps the address from being reused."""
     result_version: int
-    source_key: int
+    source: StorageWeakRef
+    """Likewise: the source may die long before its result, and another storage take its place."""
     source_version: int
     recompute: Callable[[Tensor], Tensor]
     """The values, flat, from those of the source."""
     affine: bool
+
+    @property
+    def source_key(self) -> int:
+        return int(self.source.cdata)
 
     @property
     def least_bits(self) -> int:
@@ -144,7 +149,10 @@ class CallTracker(TorchFunctionMode):
         operands = [self.derivation(tensor) or _itself(tensor) for tensor in tensors]
         first = operands[0]
         storage = result.untyped_storage()
-        same = all(operand[2:4] == first[2:4] for operand in operands)
+        same = all(
+            (operand.source_key, operand.source_version) == (first.source_key, first.source_version)
+            for operand in operands
+        )
         if storage._cdata == tensors[0].untyped_storage()._cdata:
             return
         known = call.name != "pow" or call.args[1] in (2, 3)
@@ -159,7 +167,7 @@ class CallTracker(TorchFunctionMode):
         self._derived[storage._cdata] = Derivation(
             StorageWeakRef(storage),
             result._version,
-            first.source_key,
+            first.source,
             first.source_version,
             lambda flat: func(
                 *(step(flat) if callable(step) else step for step in steps), **call_options
@@ -169,9 +177,8 @@ class CallTracker(TorchFunctionMode):
 
 
 def _itself(tensor: Tensor) -> Derivation:
-    version = tensor._version
-    key = tensor.untyped_storage()._cdata
-    return Derivation(None, version, key, version, _same, affine=True)
+    storage, version = StorageWeakRef(tensor.untyped_storage()), tensor._version
+    return Derivation(storage, version, storage, version, _same, affine=True)
 
 
 def _same(flat: Tensor) -> Tensor:
