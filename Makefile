@@ -42,6 +42,7 @@ validation: setup $(timm_then)
 	PYTHONPATH=reports/validation $(bin)/python reports/validation/validate.py
 	PYTHONPATH=$(timm_then):reports/validation \
 		$(bin)/python reports/validation/timm_slopes.py --models 150
+	PYTHONPATH=reports/validation $(bin)/python reports/validation/cpu_witness.py
 
 # The timm that the measured runs were of, beside the one that the tests are run with.
 $(timm_then): | $(VENV)/.ready

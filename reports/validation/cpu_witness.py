@@ -1,0 +1,406 @@
+"""Forecast ten jobs on this machine's CPU, and ask torch's own allocator what they took.
+
+Each job is trace()d as the CPU would run it, on tensors without data, and then run for real under
+torch.profiler with profile_memory=True, whose events are the CPU allocator's. Nothing of dpmem
+watches the real step. Each job as it is and under `dpmem.wrap(activations="4bit")`; networks of
+convolutions in channels_last, too, which oneDNN computes without copies. Peaks of the last of STEPS
+steps. Writes cpu_witness.json and cpu_witness.md beside this file; minutes on one core.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torchvision_operators import torchvision
+
+import dpmem
+from dpmem.jobs import owned_tensors
+from dpmem.targets import load_job
+from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
+from dpmem_profiling import Job, StepContext
+from dpmem_profiling.job import build, make_batch, run_step
+from dpmem_profiling.trace import STEPS, trace
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+CLASSES = 10
+Kind = Literal["transformer", "convolutions"]
+# How far the witness may be from the forecast: convolutions copy their operands into oneDNN's
+# layouts, which no operator returns and no forecast for a GPU counts.
+BARS: dict[Kind, float] = {"transformer": 0.01, "convolutions": 0.10}
+# What operators and kernels allocate with; what calls them is of interest.
+_ALLOCATING = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
+
+
+class Witnessed(NamedTuple):
+    """What the allocator's events say of a step's peak.
+
+    tensor_bytes   the peak of what operators return: without what each gives back itself
+    operator       what ran at `peak_bytes`, the innermost; empty where none did
+    scratch_bytes  the blocks it held then, and gave back before it returned
+    """
+
+    peak_bytes: int
+    tensor_bytes: int
+    operator: str
+    scratch_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job's forecast beside the witness, whose last fields are those of `Witnessed`."""
+
+    job: str
+    kind: Kind
+    batch_size: int
+    wrapped: bool
+    predicted_bytes: int
+    witnessed_bytes: int
+    tensor_bytes: int
+    operator_at_peak: str
+    scratch_bytes: tuple[int, ...]
+
+    @property
+    def gap(self) -> float:
+        """(witnessed - predicted) / predicted."""
+        return self.witnessed_bytes / self.predicted_bytes - 1
+
+    @property
+    def tensor_gap(self) -> float:
+        """The same, of what operators return."""
+        return self.tensor_bytes / self.predicted_bytes - 1
+
+    @property
+    def is_within(self) -> bool:
+        """Whether the gap is as small as it may be."""
+        return abs(self.gap) <= BARS[self.kind]
+
+
+class DoubleConvolution(nn.Sequential):
+    """Two convolutions, each normalised: [batch, into, height, width] -> [batch, out, ...]."""
+
+    def __init__(self, into: int, out: int) -> None:
+        layers: list[nn.Module] = []
+        for channels in (into, out):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """Down twice, up twice, with skips: [batch, 3, side, side] -> [batch, CLASSES, side, side]."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            [DoubleConvolution(3, width), DoubleConvolution(width, 2 * width)]
+        )
+        self.bottom = DoubleConvolution(2 * width, 4 * width)
+        self.grow = nn.ModuleList(
+            nn.ConvTranspose2d(2 * out, out, 2, stride=2) for out in (2 * width, width)
+        )
+        self.up = nn.ModuleList(DoubleConvolution(2 * out, out) for out in (2 * width, width))
+        self.head = nn.Conv2d(width, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of every pixel."""
+        skips = []
+        for down in self.down:
+            x = down(x)
+            skips.append(x)
+            x = nn.functional.max_pool2d(x, 2)
+        x = self.bottom(x)
+        for grow, up in zip(self.grow, self.up, strict=True):
+            x = up(torch.cat([skips.pop(), grow(x)], 1))
+        scores: Tensor = self.head(x)
+        return scores
+
+
+def vgg() -> nn.Module:
+    """VGG's plan with a quarter of its channels, for 32x32 images."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for out, count in ((16, 2), (32, 2), (64, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = out
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 256), nn.ReLU(),
+                         nn.Dropout(), nn.Linear(256, CLASSES))  # fmt: skip
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """torch's, with its defaults."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def images(side: int, n: int) -> tuple[Tensor, Tensor]:
+    """`n` random images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(n, 3, side, side, generator=generator),
+        torch.randint(CLASSES, (n,), generator=generator),
+    )
+
+
+def masks(side: int, n: int) -> tuple[Tensor, Tensor]:
+    """`n` random images and a label for every pixel."""
+    pixels, _ = images(side, n)
+    return pixels, pixels.argmax(1)
+
+
+def bytes_of_text(length: int, n: int) -> Tensor:
+    """`n` random texts."""
+    return torch.randint(256, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+def classified(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The cross entropy of the classes."""
+    inputs, labels = batch
+    return cross_entropy(model(inputs), labels)
+
+
+def convolutions(name: str, model: Callable[[], nn.Module], side: int, batch: Any = images) -> Job:
+    """A job of images `side` pixels wide."""
+    return Job(model, partial(batch, side), classified, optimizer=adamw, name=name)
+
+
+def classifier(name: str, side: int) -> Job:
+    """One of torchvision's."""
+    model = partial(torchvision.models.get_model, name, weights=None, num_classes=CLASSES)
+    return convolutions(name, model, side)
+
+
+def text_gpt() -> Job:
+    """The model that `dpmem demo` trains, smaller."""
+    size = GPTSize(layers=3, width=128, heads=4, context=64)
+    return Job(
+        partial(ByteGPT, size),
+        partial(bytes_of_text, size.context + 1),
+        next_byte_loss,
+        optimizer=adamw,
+        name="byte GPT",
+    )
+
+
+def known(name: str, target: str) -> Job:
+    """A known model by its TARGET."""
+    return replace(load_job(target), name=name)
+
+
+def channels_last(job: Job) -> Job:
+    """The job of a network of convolutions in that layout."""
+
+    def model() -> nn.Module:
+        return job.model().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        pixels, labels = job.batch(n)
+        return pixels.contiguous(memory_format=torch.channels_last), labels
+
+    return replace(job, model=model, batch=batch, name=f"{job.name}, channels_last")
+
+
+_NARROW = "hidden_size=128&num_attention_heads=4&num_hidden_layers=3&intermediate_size=512"
+_TEXT = "vocab_size=1024&seq=64"
+# The kind, the batch size and what makes the job.
+JOBS: tuple[tuple[Kind, int, Callable[[], Job]], ...] = (
+    ("transformer", 8, partial(known, "GPT-2", f"hf:gpt2?n_embd=128&n_head=4&n_layer=3&{_TEXT}")),
+    ("transformer", 8, partial(known, "BERT", f"hf:bert?{_NARROW}&{_TEXT}")),
+    ("transformer", 8, partial(known, "ViT", f"hf:vit?{_NARROW}&image=64&patch_size=8")),
+    ("transformer", 8, text_gpt),
+    (
+        "transformer",
+        8,
+        partial(known, "Llama", f"hf:llama?{_NARROW}&num_key_value_heads=2&{_TEXT}"),
+    ),
+    (
+        "transformer",
+        8,
+        partial(
+            known,
+            "T5",
+            "hf:t5?d_model=128&d_kv=32&num_heads=4&d_ff=512&num_layers=2&num_decoder_layers=2"
+            f"&{_TEXT}",
+        ),
+    ),
+    ("convolutions", 8, partial(classifier, "resnet18", 64)),
+    ("convolutions", 8, partial(convolutions, "U-Net", UNet, 64, masks)),
+    ("convolutions", 32, partial(convolutions, "VGG", vgg, 32)),
+    ("convolutions", 8, partial(classifier, "mobilenet_v2", 64)),
+)
+
+
+def predicted_bytes(job: Job, batch_size: int) -> int:
+    """The peak of the traced job's last step, on this machine's CPU."""
+    traced = trace(job, batch_size, None, owned=owned_tensors)
+    live_bytes = list(accumulate(change.delta_bytes for change in traced.changes))
+    return max(live_bytes[max(traced.step_starts[-1] - 1, 0) :])
+
+
+def witness(job: Job, batch_size: int) -> Witnessed:
+    """The peak of the real job's last step, by the events of the CPU's allocator."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.profiler.profile(
+            activities=activities, profile_memory=True, acc_events=True
+        ) as profiler,
+    ):
+        built = build(job, CPU)
+        for step in range(STEPS):
+            with torch.profiler.record_function(f"step {step}"):
+                batch = make_batch(job, batch_size, CPU)
+                run_step(job, StepContext(built.model, batch, built.optimizer, CPU))
+                del batch
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    return at_peak(events, f"step {STEPS - 1}")
+
+
+def at_peak(events: Iterable[Any], recorded: str) -> Witnessed:
+    """The peak within the event called `recorded`, of a profile with the memory's events."""
+    ordered = sorted(events, key=lambda event: event.start_ns())
+    (step,) = (event for event in ordered if event.name() == recorded)
+    blocks = list(_blocks(ordered))
+    scratch = _given_back(blocks)
+    live_bytes = tensor_bytes = peak_bytes = peak_tensor_bytes = peak = 0
+    for index, block in enumerate(blocks):
+        live_bytes += block.size_bytes
+        tensor_bytes += 0 if index in scratch else block.size_bytes
+        if step.start_ns() <= block.time_ns <= step.end_ns():
+            peak_tensor_bytes = max(peak_tensor_bytes, tensor_bytes)
+            if live_bytes > peak_bytes:
+                peak_bytes, peak = live_bytes, index
+    held = tuple(
+        blocks[taken].size_bytes
+        for taken, given in scratch.items()
+        if taken <= peak < given and blocks[taken].operator is blocks[peak].operator
+    )
+    operator = blocks[peak].operator
+    name = "" if operator is None else operator.name()
+    return Witnessed(peak_bytes, peak_tensor_bytes, name, held)
+
+
+class _Block(NamedTuple):
+    """Taken from the allocator (+) or given back (-) while `operator` ran, the innermost."""
+
+    time_ns: int
+    size_bytes: int
+    operator: Any
+
+
+def _blocks(ordered: Iterable[Any]) -> Iterator[_Block]:
+    running: list[Any] = []
+    for event in ordered:
+        while running and running[-1].end_ns() < event.start_ns():
+            running.pop()
+        if event.name() == "[memory]":
+            operator = running[-1] if running else None
+            yield _Block(event.start_ns(), event.nbytes(), operator)
+        elif event.name().startswith("aten::") and event.name() not in _ALLOCATING:
+            running.append(event)
+
+
+def _given_back(blocks: Sequence[_Block]) -> dict[int, int]:
+    """Index of a block -> of its return, both ways, where one operator did both.
+
+    The events have no addresses: of two blocks of a size the operator returns the later one.
+    """
+    pairs: dict[int, int] = {}
+    open_blocks: dict[tuple[int, int], list[int]] = {}
+    for index, (_, size_bytes, operator) in enumerate(blocks):
+        if operator is None:
+            continue
+        same = open_blocks.setdefault((id(operator), abs(size_bytes)), [])
+        if size_bytes > 0:
+            same.append(index)
+        elif same:
+            taken = same.pop()
+            pairs |= {taken: index, index: taken}
+    return pairs
+
+
+def row(kind: Kind, batch_size: int, job: Job, *, wrapped: bool) -> Row:
+    """One job, forecast and run."""
+    if wrapped:
+        job = replace(job, wrap=partial(dpmem.wrap, activations="4bit"))
+    predicted = predicted_bytes(job, batch_size)
+    witnessed = witness(job, batch_size)
+    return Row(
+        job=job.name,
+        kind=kind,
+        batch_size=batch_size,
+        wrapped=wrapped,
+        predicted_bytes=predicted,
+        witnessed_bytes=witnessed.peak_bytes,
+        tensor_bytes=witnessed.tensor_bytes,
+        operator_at_peak=witnessed.operator,
+        scratch_bytes=witnessed.scratch_bytes,
+    )
+
+
+def rows_of(kind: Kind, batch_size: int, job: Job) -> Iterator[Row]:
+    """A job as it is and wrapped, and so in channels_last where there are convolutions."""
+    for laid_out in [job] if kind == "transformer" else [job, channels_last(job)]:
+        for wrapped in (False, True):
+            yield row(kind, batch_size, laid_out, wrapped=wrapped)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The lines of cpu_witness.md."""
+    n_within = sum(row.is_within for row in rows)
+    return [
+        "# The forecast beside torch's own allocation events, on a CPU",
+        "",
+        f"Made by `cpu_witness.py`, torch {torch.__version__}, one thread. Predicted: the traced",
+        "step's peak. Witnessed: the events of the real step's allocator (`profile_memory=True`).",
+        "Tensors: the same without the blocks that an operator takes and gives back itself. Gaps",
+        "are over predicted.",
+        "",
+        f"{n_within} of {len(rows)} rows are within their bar: {BARS['transformer']:.0%} for",
+        f"transformers, {BARS['convolutions']:.0%} for convolutions. The largest gap of tensors is",
+        f"{max(abs(row.tensor_gap) for row in rows):.2%}.",
+        "",
+        "The gap of convolutions is oneDNN's: it computes in layouts of its own (aBcd8b on this",
+        "machine), and copies operands and results into them and back inside",
+        "`aten::convolution_backward` (`torch.backends.mkldnn.verbose` lists the reorders). The",
+        "last column has these blocks. They are as large as one layer's maps or weights, whatever",
+        "is saved of the other layers, and so weigh more where saved maps are compressed. Maps in",
+        "channels_last oneDNN takes as they are.",
+        "",
+        "| job | batch | wrapped | predicted B | witnessed B | gap | within | gap of tensors"
+        " | at the peak | blocks given back, B |",
+        "|---|---:|---|---:|---:|---:|---|---:|---|---|",
+        *(
+            f"| {row.job} | {row.batch_size} | {'4bit' if row.wrapped else 'no'} "
+            f"| {row.predicted_bytes:,} | {row.witnessed_bytes:,} | {row.gap:.2%} "
+            f"| {'yes' if row.is_within else '**no**'} | {row.tensor_gap:.2%} "
+            f"| {row.operator_at_peak} | {', '.join(f'{size:,}' for size in row.scratch_bytes)} |"
+            for row in rows
+        ),
+    ]
+
+
+def main() -> None:
+    """All jobs; writes the two files."""
+    torch.set_num_threads(1)
+    rows = []
+    for kind, batch_size, make_job in JOBS:
+        for row in rows_of(kind, batch_size, make_job()):
+            rows.append(row)
+            print(row.job, row.wrapped, f"{row.gap:.3%} {row.tensor_gap:.3%}", flush=True)
+    content = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    (HERE / "cpu_witness.json").write_text(json.dumps(content, indent=1) + "\n")
+    (HERE / "cpu_witness.md").write_text("\n".join(table(rows)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
