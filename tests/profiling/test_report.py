@@ -149,7 +149,7 @@ def test_the_finding_in_words(
         "ours's peak is 0.42× DDP's: 42.0 MiB instead of 100 MiB. Most of the difference is "
         "activations: 0 B instead of 60.0 MiB at the peak.",
         "The largest safe batch within 200 MiB, 4.00 MiB of it kept free, is 31, found in 4 probes "
-        "(memory: batch 32 was tried and takes too much).",
+        "(memory: batch 32 was tried and leaves too little of it free).",
     ]
     assert finding([make_record()], None) == [
         "plain peaks at 100 MiB with batch 8: activations 60% and parameters 40% of it."
