@@ -36,7 +36,7 @@ class Derivation(NamedTuple):
     """Likewise: the source may die long before its result, and another storage take its place."""
     source_version: int
     recompute: Callable[[Tensor], Tensor]
-    """The values, flat, from those of the source."""
+    """The values, in memory order, from the source's, flat."""
     affine: bool
 
     @property
@@ -160,6 +160,9 @@ class CallTracker(TorchFunctionMode):
             return
         plan = iter([operand.recompute for operand in operands])
         call_options = dict(call.kwargs)
+        # Laid out as it was: on CPUs gelu has another kernel, of other last bits, where its input
+        # is not contiguous.
+        shape, strides = result.shape, result.stride()
         steps = [next(plan) if isinstance(value, Tensor) else value for value in call.args]
         affine = all(operand.affine for operand in operands) and (
             call.name in _SUMS or (len(tensors) == 1 and call.name in (*_PRODUCTS, "div"))
@@ -170,7 +173,11 @@ class CallTracker(TorchFunctionMode):
             first.source,
             first.source_version,
             lambda flat: func(
-                *(step(flat) if callable(step) else step for step in steps), **call_options
+                *(
+                    step(flat).as_strided(shape, strides) if callable(step) else step
+                    for step in steps
+                ),
+                **call_options,
             ),
             affine,
         )

@@ -19,7 +19,7 @@ def random_program(seed: int, a: Tensor, b: Tensor) -> Tensor:
     rng = random.Random(seed)
     live = [a, b]
     for _ in range(rng.randint(6, 20)):
-        kind, x, y = rng.randrange(5), rng.choice(live), rng.choice(live)
+        kind, x, y = rng.randrange(6), rng.choice(live), rng.choice(live)
         if kind == 0:
             result = 0.5 * (x + y)
         elif kind == 1:
@@ -28,6 +28,8 @@ def random_program(seed: int, a: Tensor, b: Tensor) -> Tensor:
             result = (x + y) / 2
         elif kind == 3:
             result = torch.tanh(x - y * 0.3)
+        elif kind == 4:
+            result = F.gelu(x.t()) * y.t().contiguous()
         else:
             result = x * 0.7 + y
         live.append(result)
