@@ -51,6 +51,8 @@ class Note:
     out_of_memory: bool = False
     # Its failure is that it waited for others.
     waited: bool = False
+    # It waits for others in the backward that it began.
+    is_waiting: bool = False
 
 
 class Lockstep:
@@ -66,12 +68,14 @@ class Lockstep:
         self._backwards = self._settled = self._empty = 0
         self._has_unchecked_empty = False
         self._in_backward = False
+        self._is_waiting = False
         self._has_failed = False
 
     def backward_begins(self) -> None:
         """An averaged backward begins."""
         self._backwards += 1
         self._in_backward = True
+        self._is_waiting = False
         self._write()
 
     def backward_ends(self) -> None:
@@ -83,7 +87,7 @@ class Lockstep:
 
         `whole` where it was backward(), which on other ranks may have been one to average.
         """
-        self._in_backward = False
+        self._in_backward = self._is_waiting = False
         self._backwards -= 1
         if whole:
             self._empty += 1
@@ -109,7 +113,8 @@ class Lockstep:
                 if note.failed is not None or note.empty >= self._empty:
                     # It fails anyway, or its backward was empty too, however far it is by now.
                     waiting.remove(rank)
-                elif note.backwards > self._backwards:
+                elif note.backwards > self._backwards and note.is_waiting:
+                    # Not where it only began, and may still find that it reaches no parameter.
                     error = RuntimeError(
                         "a backward() outside no_sync() must reach parameters on every rank; on "
                         f"rank {self._rank} it reached none, and rank {rank} waits to average "
@@ -183,6 +188,7 @@ class Lockstep:
         """
         try:
             while not _done_within(work, GLANCE_S):
+                self._tell_that_it_waits()
                 self._look_for_failures()
             return work.wait()
         except _Failure:
@@ -190,6 +196,11 @@ class Lockstep:
         except RuntimeError as error:
             self.failed(error, "waiting for the other ranks", waited=True)
             raise RuntimeError(f"{self._who_is_missing()} ({error})") from error
+
+    def _tell_that_it_waits(self) -> None:
+        if self._in_backward and not (self._is_waiting or self._has_failed):
+            self._is_waiting = True
+            self._write()
 
     def _look_for_failures(self) -> None:
         for rank in range(self._ranks):
@@ -243,7 +254,7 @@ class Lockstep:
         self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False
     ) -> None:
         progress = (self._attempt, self._backwards, self._settled, self._empty)
-        note = Note(*progress, failed, out_of_memory, waited)
+        note = Note(*progress, failed, out_of_memory, waited, self._is_waiting)
         try:
             self._store.set(str(self._rank), json.dumps(asdict(note)))
         except RuntimeError as error:

@@ -5,6 +5,7 @@ of what it leaves on the bare module; where it says "local", this rank's own gra
 """
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -91,6 +92,20 @@ def frozen_for_a_while(net: nn.Module, rank: int) -> None:
     net(_x(rank, 1)).sum().backward()
 
 
+def frozen_and_slow_on_one_rank(net: nn.Module, rank: int) -> None:
+    """One rank is in its next step before another sees that its backward averages nothing."""
+
+    def dawdle(_: Tensor) -> None:
+        time.sleep(0.3 if rank == 0 else 0.0)
+
+    net.requires_grad_(False)
+    x = _x(rank).requires_grad_()
+    x.register_hook(dawdle)
+    net(x).sum().backward()
+    net.requires_grad_(True)
+    net(_x(rank, 1)).sum().backward()
+
+
 def forward_inside_backward(net: nn.Module, rank: int) -> None:
     def look(_: Tensor) -> None:
         with torch.no_grad():
@@ -125,6 +140,7 @@ SCENARIOS: dict[str, Callable[[nn.Module, int], None]] = {
         input_gradient_first,
         gradient_penalty,
         frozen_for_a_while,
+        frozen_and_slow_on_one_rank,
         forward_inside_backward,
         raised_elsewhere,
     )

@@ -15,6 +15,7 @@ Pool = Callable[[int], "Ranks"]  # noqa: F821 - conftest's, which tests cannot i
         "input_gradient_first",
         "gradient_penalty",
         "frozen_for_a_while",
+        "frozen_and_slow_on_one_rank",
         "forward_inside_backward",
         "raised_elsewhere",
         "second_call_in_a_reentrant_checkpoint",
