@@ -43,7 +43,8 @@ def flatten_dense(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
         gradient = torch.empty_strided(
             gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
         ).copy_(gradient)
-    return gradient.as_strided((gradient.numel(),), (1,))
+    # Most parameters are vectors, and flat already.
+    return gradient if have == (1,) else gradient.as_strided((gradient.numel(),), (1,))
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def dense_gradient(parameter: Tensor) -> Tensor:
             f"it is no weight of an nn.Embedding with sparse=True; received {gradient.layout}; "
             "use such an embedding, or make the gradient dense"
         )
-    return gradient.detach()
+    return gradient if not gradient.requires_grad else gradient.detach()
 
 
 def writable_gradient(parameter: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Gradients in flight: hook -> pack -> collective -> epilogue.
 
-autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket; when the
-bucket is full, and every bucket before it has been launched, one kernel packs it (times
-1/world_size), its gradients leave `parameter.grad` and an asynchronous all-reduce starts. At the
-end of backward the collectives are awaited, the gradients come back as views of the buckets and,
-where somebody clips, each bucket is read once for its sum of squares and its finite flag.
+autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket. As soon as there
+are 2 MiB of a bucket's gradients, one launch packs them (times 1/world_size) and they leave
+`parameter.grad`, so that no more than that exists twice. When a bucket is full, and every bucket
+before it has been launched, its asynchronous all-reduce starts. At the end of backward the
+collectives are awaited, the gradients come back as views of the buckets and, where somebody clips,
+each bucket is read once for its sum of squares and its finite flag.
 
 A gradient that travels is nobody's `.grad`: what is zeroed or read after a backward that raised is
 never memory that a collective still writes.
@@ -19,7 +20,8 @@ gradients nobody reads.
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
-from dpmem.bucket_buffer import BucketBuffer, SparseBuffer, size_and_dtype
+from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dtype
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
 from dpmem.lockstep import Lockstep
@@ -280,7 +282,7 @@ class Reducer:
         )
         self._buffers: list[BucketBuffer] = []
         self._members: list[list[int]] = []
-        self._bucket_of: dict[int, int] = {}
+        self._place_of: dict[int, tuple[int, Member]] = {}
         for number, bucket in enumerate(self.plan.buckets):
             indices = [self._trainable[slot.parameter] for slot in bucket.slots]
             parameters = [self._parameters[i] for i in indices]
@@ -289,7 +291,8 @@ class Reducer:
             else:
                 self._buffers.append(BucketBuffer(bucket, parameters, self._options.wire_dtype))
             self._members.append(indices)
-            self._bucket_of.update(dict.fromkeys(indices, number))
+            for index, member in zip(indices, self._buffers[-1].members, strict=True):
+                self._place_of[index] = number, member
         self._reset()
 
     def _is_averaging(self) -> bool:
@@ -372,17 +375,26 @@ class Reducer:
             )
         if self._seen is not None:
             self._seen.append(index)
-        self._waiting[self._bucket_of[index]] -= 1
+        number, member = self._place_of[index]
+        self._waiting[number] -= 1
+        if self._buffers[number].complete(member):
+            with self._packing() as scale:
+                self._buffers[number].take(scale)
         while self._next < len(self._buffers) and self._waiting[self._next] == 0:
             self._launch()
 
     def _launch(self) -> None:
-        """Pack the next bucket and start its all-reduce."""
+        """Pack what is left of the next bucket and start its all-reduce."""
         buffer = self._buffers[self._next]
+        with self._packing() as scale:
+            self._travel(buffer, buffer.pack(scale))
+
+    @contextmanager
+    def _packing(self) -> Iterator[float]:
+        """What gradients are multiplied by; tells the other ranks where packing fails."""
         try:
             with torch.no_grad():
-                scale = 1.0 if self._comm_hook is not None else self.scale
-                self._travel(buffer, buffer.pack(scale))
+                yield 1.0 if self._comm_hook is not None else self.scale
         except RuntimeError as error:
             # Out of memory, most likely, of which autograd's error says no more than this.
             self._lockstep.failed(error, "packing a bucket of gradients")
@@ -462,9 +474,8 @@ class Reducer:
         Whatever was asked for, no rank goes on with another average than the others.
         """
         for index in remote:
-            buffer = self._buffers[self._bucket_of[index]]
-            members = [m for m in buffer.members if m.parameter is self._parameters[index]]
-            buffer.expose(members, as_views=self._options.as_views)
+            number, member = self._place_of[index]
+            self._buffers[number].expose([member], as_views=self._options.as_views)
         if missing and not self._may_be_unused():
             self._complaint = (
                 "every parameter that requires a gradient must receive one in each synchronized "
