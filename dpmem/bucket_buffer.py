@@ -21,7 +21,7 @@ from dpmem_kernels import GradStats, PackPlan, bucket_pack, bucket_unpack, grad_
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)
 # So much is packed at once: little enough that gradients exist twice for a moment only, and are
 # read while a cache holds them; enough to be worth a launch.
-_AT_ONCE_BYTES = 2 * 2**20
+_AT_ONCE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Gradients in flight: hook -> pack -> collective -> epilogue.
 
 autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket. As soon as there
-are 2 MiB of a bucket's gradients, one launch packs them (times 1/world_size) and they leave
+are 8 MiB of a bucket's gradients, one launch packs them (times 1/world_size) and they leave
 `parameter.grad`, so that no more than that exists twice. When a bucket is full, and every bucket
 before it has been launched, its asynchronous all-reduce starts. At the end of backward the
 collectives are awaited, the gradients come back as views of the buckets and, where somebody clips,
@@ -355,17 +355,13 @@ class Reducer:
                 return
             self._begin()
         self._arrivals[index] += 1
+        times = self._arrivals[index]
         if torch.is_grad_enabled() and not self._warned:
             self._warned = True
             warnings.warn(_NO_GRAPH, stacklevel=2)
-        if self._options.static_graph:
-            if self._expected is None:
-                if self._arrivals[index] == 1 and self._seen is not None:
-                    self._seen.append(index)
-                return  # the first backward shows how often each arrives
-            if self._arrivals[index] < self._expected.get(index, 1):
-                return
-        if self._arrivals[index] > (self._expected or {}).get(index, 1):
+        if self._options.static_graph and not self._is_last_arrival(index, times):
+            return
+        if times > 1 and (self._expected is None or times > self._expected.get(index, 1)):
             raise RuntimeError(
                 "each parameter's gradient must be accumulated once in a backward; that of "
                 f"{self._names[index]!r} arrived twice, as it does when a module runs in two "
@@ -382,6 +378,14 @@ class Reducer:
                 self._buffers[number].take(scale)
         while self._next < len(self._buffers) and self._waiting[self._next] == 0:
             self._launch()
+
+    def _is_last_arrival(self, index: int, times: int) -> bool:
+        """Of a static graph, whose first backward shows how often each gradient arrives."""
+        if self._expected is not None:
+            return times >= self._expected.get(index, 1)
+        if times == 1 and self._seen is not None:
+            self._seen.append(index)
+        return False
 
     def _launch(self) -> None:
         """Pack what is left of the next bucket and start its all-reduce."""

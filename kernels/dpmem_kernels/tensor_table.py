@@ -13,9 +13,9 @@ Triton's order also depends on whether 16 divides the tensor's address.) The chu
 once per layout and stays on the device; what travels with a call is two addresses per tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import attrgetter
 
 import numpy as np
@@ -67,11 +67,17 @@ class Walk:
 
         Without `sums` the first means nothing.
         """
-        if backend == "triton":
-            from .tensor_table_triton import run
-        else:
-            from .tensor_table_cpu import run
-        return run(self)
+        return _runner(backend)(self)
+
+
+# An import statement takes as long as the rest of a small call.
+@cache
+def _runner(backend: Backend) -> Callable[[Walk], tuple[Tensor, Tensor]]:
+    if backend == "triton":
+        from .tensor_table_triton import run
+    else:
+        from .tensor_table_cpu import run
+    return run
 
 
 def chunk_table(

@@ -271,5 +271,9 @@ def run(walk: Walk) -> tuple[Tensor, Tensor]:
         else:
             _move_range(*move, 0, len(chunks))
     total = float(partials.sum())
-    found_inf = 0.0 if math.isfinite(total) else 1.0
-    return torch.tensor(total, dtype=torch.float32), torch.tensor(found_inf, dtype=torch.float32)
+    return _scalar(total), _scalar(0.0 if math.isfinite(total) else 1.0)
+
+
+def _scalar(value: float) -> Tensor:
+    """torch.tensor(value, dtype=torch.float32), which takes twice the time."""
+    return torch.from_numpy(np.array(value)).float()
