@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from dpmem.agreement import Ranks
 from dpmem.explain import explain_too_small
 from dpmem.forecast import forecast_of
-from dpmem.growth import refuse_a_constant_step
+from dpmem.growth import note_of_a_leak, refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, pickled_job, probe_in_child, room_in_child
 from dpmem.jobs import (
     checked_budget,
@@ -96,7 +96,8 @@ def find_batch_size(
     of torch, Python and NumPy; `dpmem.restore.undisturbed` says what that covers. The training
     data's iterator is not touched: `batch` makes its own samples.
 
-    Where no batch is safe, `explanation` says by how much and why; not so across ranks.
+    Where no batch is safe, `explanation` says by how much and why; not so across ranks. Where every
+    step leaves memory behind, so that no batch is safe for ever, a note says so.
 
     Raises ValueError for a budget that is not positive or more than the machine has, for none on
     the CPU, for a safety outside [0, 1), a multiple_of below 1, an unknown GPU, and, across ranks,
@@ -147,6 +148,7 @@ def find_batch_size(
         if len(probe.failures) == len(result.probes):
             raise probe.failures[0]
         refuse_a_constant_step(result, makes_own_batch=not isinstance(target, Job | tuple))
+        result = replace(result, notes=(*result.notes, *note_of_a_leak(result)))
         if result.largest_safe is None and ranks is None:
             explain = explain_in_child if isolate else explain_too_small
             result = replace(result, explanation=explain(job, result, device))
@@ -239,6 +241,7 @@ def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int 
         seconds=record.step_s,
         peak_by_phase=record.peak_by_phase,
         batch_bytes=record.peak_by_category.get("input", 0),
+        growth_bytes=record.growth_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""A search whose memory does not grow with the batch has measured something else."""
+"""What a job's memory should do: grow with the batch, and not from step to step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,31 @@ from dpmem_profiling import BatchSizeResult, InvalidJob, Probe, format_bytes
 ENOUGH = 16
 # Elsewhere an optimizer's own peak may hide small samples, though not this many.
 ENOUGH_UNSEEN = 1 << 16
+# Counters and metrics that a job keeps are smaller at any batch.
+LEAST_LEAK_BYTES = 4096
+
+
+def note_of_a_leak(result: BatchSizeResult) -> tuple[str, ...]:
+    """A sentence where memory grew from step to step at every batch that ran; else nothing."""
+    ran = [probe for probe in result.probes if probe.growth_bytes is not None]
+    growths = [probe.growth_bytes or 0 for probe in ran]
+    if min(growths, default=0) <= 0 or max(growths) < LEAST_LEAK_BYTES:
+        return ()
+    # The growth at the answer, or at the batch nearest to it.
+    answer = result.largest_safe or ran[0].batch
+    probe = min(ran, key=lambda probe: abs(probe.batch - answer))
+    grows = (
+        f"each step at batch {probe.batch} leaves {format_bytes(probe.growth_bytes or 0)} behind"
+    )
+    until = ""
+    if result.largest_safe is not None:
+        room_bytes = result.limit_bytes - (result.peak_bytes or 0)
+        steps = room_bytes // (probe.growth_bytes or 1)
+        until = f", which fills the limit in {steps:,} more"
+    return (
+        f"the job leaks: {grows}{until}; look for what it keeps of every step, such as outputs, or "
+        "a metric with its graph, in a list (keep metric.item())",
+    )
 
 
 def refuse_a_constant_step(result: BatchSizeResult, *, makes_own_batch: bool) -> None:

@@ -117,7 +117,10 @@ def _measure(
             with nullcontext() if cuda is None else cuda.watching():
                 live_at_start, start_s = tracker.live(), perf_counter()
                 stepper.step(fresh_batch)
-            changes, persistent = tracker.changes[before:], tracker.live()
+            changes = tracker.changes[before:]
+            # What waits for the collector was collected before the step, too.
+            gc.collect()
+            persistent = tracker.live()
     cuda_step = None if cuda is None else cuda.step
     if cuda_step is not None:
         live_at_start, changes = cuda_step.with_untracked(live_at_start, changes)

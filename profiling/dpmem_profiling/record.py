@@ -127,6 +127,14 @@ class MemoryRecord:
                 f"got {total_bytes}. Put what is not accounted for under 'unknown'."
             )
 
+    @property
+    def growth_bytes(self) -> int:
+        """What the step left behind: what outlives it, less what there was before it.
+
+        Of a step that is not the first this is 0, except for a job that keeps more and more.
+        """
+        return sum(self.persistent_bytes.values()) - sum(self.timeline[0].live_bytes.values())
+
     def to_json(self) -> dict[str, Any]:
         """The record as a dictionary that `json.dumps` takes; `from_json` reads it back."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
@@ -155,7 +163,8 @@ class Probe:
     allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
     another reason, which `error` says. `seconds` is one training step. `peak_by_phase` is as in a
     MemoryRecord, where known: a step's peak is the highest of its phases', each of them close to a
-    line in the batch. `batch_bytes` is what the batch itself holds at most during the step.
+    line in the batch. `batch_bytes` is what the batch itself holds at most during the step,
+    `growth_bytes` what the step left behind, as in a MemoryRecord.
     """
 
     batch: int
@@ -167,6 +176,7 @@ class Probe:
     seconds: float | None = None
     peak_by_phase: Mapping[str, int] | None = None
     batch_bytes: int | None = None
+    growth_bytes: int | None = None
     error: str | None = None
 
     @property

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from dpmem.growth import note_of_a_leak
 from dpmem_profiling import CachingAllocator, OutOfDeviceMemory, Probe, format_bytes, search
 
 HERE = Path(__file__).parent
@@ -62,6 +63,7 @@ def run(job: Simulated, batch: int) -> Probe:
     part_bytes = job.weights_bytes // job.layers
     peaks: dict[str, int] = {}
     reserved_bytes: list[int] = []
+    live_bytes: list[int] = []
 
     def phase_ends(name: str) -> None:
         peaks[name] = device.peak_allocated_bytes
@@ -92,6 +94,7 @@ def run(job: Simulated, batch: int) -> Probe:
             if job.leak_bytes:
                 device.malloc(job.leak_bytes)
             phase_ends("outside")
+            live_bytes.append(device.allocated_bytes)
     except OutOfDeviceMemory:
         return Probe(batch, "oom")
     if device.n_retries:
@@ -102,6 +105,7 @@ def run(job: Simulated, batch: int) -> Probe:
         allocated_bytes=max(peaks.values()),
         reserved_bytes=max(reserved_bytes),
         peak_by_phase=peaks,
+        growth_bytes=live_bytes[-1] - live_bytes[-2],
     )
 
 
@@ -194,6 +198,7 @@ def main() -> None:
                 "safe_truth": largest_safe,
                 "safe": safe.largest_safe,
                 "probes_for_both": len(safe.probes),
+                "said": note_of_a_leak(safe),
             }
             | {name: answer._asdict() for name, answer in answers.items()}
         )
@@ -217,6 +222,7 @@ def main() -> None:
             cells.append(f"{share:.3f}, {answer['probes']}, {answer['failures']}")
         cells += [f"{(row['safe'] or 0) / row['safe_truth']:.3f}", f"{row['probes_for_both']}"]
         lines.append(f"| {row['job']} | {row['truth']} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"Said of “{row['job']}”: {said}." for row in rows for said in row["said"])]
     (HERE / "batch-size-finder.md").write_text("\n".join(lines) + "\n")
 
 
