@@ -192,6 +192,35 @@ def test_a_constructor_that_needs_data_builds_for_real() -> None:
     assert parameters == 4 * (WIDTH + 1) * (8 + 16 + 24)
 
 
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda weight: nn.init.trunc_normal_(weight, std=0.02),
+        lambda weight: nn.init.normal_(weight, 3.0, 0.1),
+        lambda weight: nn.init.uniform_(weight, 2.0, 4.0),
+        lambda weight: weight.data.uniform_(),
+    ],
+)
+def test_what_is_built_for_real_takes_no_random_numbers(fill: Callable[[Tensor], Tensor]) -> None:
+    """Each weight is its distribution's mean, so constructors that reject values come to an end."""
+    means = []
+
+    def make_model() -> nn.Module:
+        layer = nn.Linear(8, 8)
+        fill(layer.weight)
+        while not bool((layer.weight.abs() < 100).all()):
+            fill(layer.weight)
+        if type(layer.weight.data) is Tensor:
+            means.append(layer.weight.unique().tolist())
+        return layer
+
+    job = Job(make_model, lambda n: torch.randn(n, 8), lambda model, batch: model(batch).sum())
+    state = torch.get_rng_state()
+    assert trace(job, 2, GPU).changes
+    assert means[0] in ([0.0], [3.0], [0.5])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_model_may_be_cast_while_it_is_built() -> None:
     def bare() -> nn.Module:
         model = Residual()
