@@ -246,8 +246,9 @@ class _MeansForRandomNumbers(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten.uniform_.default:
-            tensor, low, high = (*args, *(0.0, 1.0)[len(args) - 1 :])
-            return tensor.fill_((low + high) / 2)
+            low = args[1] if len(args) > 1 else 0.0
+            high = args[2] if len(args) > 2 else 1.0
+            return args[0].fill_((low + high) / 2)
         if func is torch.ops.aten.normal_.default:
             return args[0].fill_(args[1] if len(args) > 1 else 0.0)
         return func(*args, **(kwargs or {}))

@@ -38,6 +38,8 @@ Kind = Literal["transformer", "convolutions"]
 BARS: dict[Kind, float] = {"transformer": 0.01, "convolutions": 0.10}
 # What operators and kernels allocate with; what calls them is of interest.
 _ALLOCATING = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
+# One operator for autograd, and for a forecast, whatever it calls within.
+_WHOLE = {"aten::convolution_backward"}
 
 
 class Witnessed(NamedTuple):
@@ -305,6 +307,8 @@ def _blocks(ordered: Iterable[Any]) -> Iterator[_Block]:
         if event.name() == "[memory]":
             operator = running[-1] if running else None
             yield _Block(event.start_ns(), event.nbytes(), operator)
+        elif running and running[-1].name() in _WHOLE:
+            continue
         elif event.name().startswith("aten::") and event.name() not in _ALLOCATING:
             running.append(event)
 
