@@ -128,12 +128,17 @@ class MemoryRecord:
             )
 
     @property
-    def growth_bytes(self) -> int:
+    def growth_bytes(self) -> int | None:
         """What the step left behind: what outlives it, less what there was before it.
 
-        Of a step that is not the first this is 0, except for a job that keeps more and more.
+        Of a step that is not the first this is 0, except for a job that keeps more and more. The
+        optimizer's state and one gradient of each parameter do not count: where gradients are
+        accumulated they come and go from step to step. None for a prediction, which repeats one
+        step and so cannot say.
         """
-        return sum(self.persistent_bytes.values()) - sum(self.timeline[0].live_bytes.values())
+        if self.source == "predicted":
+            return None
+        return _kept_bytes(self.persistent_bytes) - _kept_bytes(self.timeline[0].live_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The record as a dictionary that `json.dumps` takes; `from_json` reads it back."""
@@ -281,6 +286,12 @@ class BatchSizeResult:
         from dpmem_profiling.report.batch_words import batch_size_text
 
         return batch_size_text(self)
+
+
+def _kept_bytes(live_bytes: Mapping[Category, int]) -> int:
+    """What is alive beyond the optimizer's state and one gradient of each parameter."""
+    one_each_bytes = min(live_bytes.get("gradient", 0), live_bytes.get("parameter", 0))
+    return sum(live_bytes.values()) - live_bytes.get("optimizer_state", 0) - one_each_bytes
 
 
 def _fields_of(

@@ -40,6 +40,23 @@ class Node:
         self.tensor, self.itself = tensor, self
 
 
+def loss_kept_with_its_graph(model: nn.Module, batch: Tensor) -> Tensor:
+    kept.append(loss(model, batch))
+    return kept[-1]
+
+
+def loss_beside_a_kept_metric(model: nn.Module, batch: Tensor) -> Tensor:
+    kept.append(model[0](batch).square().sum())
+    return loss(model, batch)
+
+
+def step_that_keeps_gradients(context: dpmem.StepContext) -> None:
+    loss(context.model, context.batch).backward()
+    kept.extend(parameter.grad for parameter in context.model.parameters())
+    context.optimizer.step()
+    context.optimizer.zero_grad()
+
+
 def cyclic_loss(model: nn.Module, batch: Tensor) -> Tensor:
     Node(model(batch).detach())
     return loss(model, batch)
@@ -87,6 +104,53 @@ def test_what_stays_the_same_is_no_leak(
     result = found(replace(JOB, optimizer=optimizer, zero_grad=zero_grad, loss=loss))
     assert result.notes == ()
     assert {probe.growth_bytes for probe in result.probes if probe.outcome == "fits"} == {0}
+
+
+@pytest.mark.parametrize("updates_first", [True, False])
+def test_gradients_accumulated_over_two_steps_are_no_leak(updates_first: bool) -> None:
+    # The recorded step, each probe's second, makes the gradients, or the optimizer's state.
+    counts = [0]
+
+    def counted_model() -> nn.Module:
+        counts[0] = 0
+        return make_model()
+
+    def step(context: dpmem.StepContext) -> None:
+        loss(context.model, context.batch).backward()
+        if (counts[0] % 2 == 0) == updates_first:
+            context.optimizer.step()
+            context.optimizer.zero_grad()
+        counts[0] += 1
+
+    result = found(replace(JOB, model=counted_model, loss=None, step=step))
+    assert result.notes == ()
+    assert {probe.growth_bytes for probe in result.probes if probe.outcome == "fits"} == {0}
+
+
+def test_gradients_in_a_list() -> None:
+    result = found(replace(JOB, loss=None, step=step_that_keeps_gradients))
+    assert result.notes[0].startswith("the job leaks: ")
+    # One gradient of each parameter of the linear layer and the normalization.
+    expected_bytes = 4 * (WIDTH * WIDTH + 3 * WIDTH)
+    assert {probe.growth_bytes for probe in result.probes if probe.outcome == "fits"} == {
+        expected_bytes
+    }
+
+
+def test_a_metric_kept_with_its_graph() -> None:
+    result = found(replace(JOB, loss=loss_beside_a_kept_metric))
+    assert result.notes[0].startswith("the job leaks: ")
+    for probe in result.probes:
+        if probe.outcome == "fits":
+            # Its graph holds the batch, for the weight's gradient, and what is squared.
+            assert probe.growth_bytes == 2 * 4 * WIDTH * probe.batch + 4
+
+
+def test_a_loss_kept_after_backward_holds_a_scalar() -> None:
+    # Backward releases what the graph saved: four bytes a step are no leak to speak of.
+    result = found(replace(JOB, loss=loss_kept_with_its_graph))
+    assert result.notes == ()
+    assert {probe.growth_bytes for probe in result.probes if probe.outcome == "fits"} == {4}
 
 
 def test_the_words_and_when_they_are_said() -> None:

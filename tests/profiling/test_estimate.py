@@ -144,6 +144,7 @@ def test_the_record_of_a_forecast_is_of_its_last_step() -> None:
     card = gpu(1 << 30)
     record = forecast.record(64, card)
     assert record.source == "predicted"
+    assert record.growth_bytes is None
     assert record.device == card.title
     assert record.persistent_bytes["parameter"] == 4 * 4 * (WIDTH * WIDTH + WIDTH)
     assert record.persistent_bytes["optimizer_state"] >= 2 * record.persistent_bytes["parameter"]
