@@ -148,11 +148,11 @@ def find_batch_size(
         if len(probe.failures) == len(result.probes):
             raise probe.failures[0]
         refuse_a_constant_step(result, makes_own_batch=not isinstance(target, Job | tuple))
-        result = replace(result, notes=(*result.notes, *note_of_a_leak(result)))
         if result.largest_safe is None and ranks is None:
             explain = explain_in_child if isolate else explain_too_small
             result = replace(result, explanation=explain(job, result, device))
-        return in_multiples(result, tried, multiple_of)
+        result = in_multiples(result, tried, multiple_of)
+        return replace(result, notes=(*result.notes, *note_of_a_leak(result)))
 
 
 class _Prober:

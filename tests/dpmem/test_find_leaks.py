@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dpmem
 from dpmem.growth import note_of_a_leak
-from dpmem_profiling import BatchSizeResult, Probe
+from dpmem_profiling import BatchSizeResult, Probe, format_bytes
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -70,9 +70,14 @@ def _forgotten() -> None:
     kept.clear()
 
 
-def found(job: dpmem.Job, *, isolate: bool = False) -> BatchSizeResult:
+def found(job: dpmem.Job, *, isolate: bool = False, multiple_of: int = 1) -> BatchSizeResult:
     return dpmem.find_batch_size(
-        job, budget_bytes=2_000_000, max_batch=512, device=CPU, isolate=isolate
+        job,
+        budget_bytes=2_000_000,
+        max_batch=512,
+        device=CPU,
+        isolate=isolate,
+        multiple_of=multiple_of,
     )
 
 
@@ -86,6 +91,17 @@ def test_outputs_in_a_list(isolate: bool) -> None:
             assert probe.growth_bytes == 4 * WIDTH * probe.batch
     assert note in str(result)
     assert BatchSizeResult.from_json(result.to_json()) == result
+
+
+def test_what_is_said_is_about_the_answer_in_multiples() -> None:
+    result = found(replace(JOB, loss=loss_of_kept_outputs), multiple_of=100)
+    growth_bytes = 4 * WIDTH * result.largest_safe
+    steps = (result.limit_bytes - result.peak_bytes) // growth_bytes
+    assert result.largest_safe % 100 == 0
+    assert result.notes[0].startswith(
+        f"the job leaks: each step at batch {result.largest_safe} leaves "
+        f"{format_bytes(growth_bytes)} behind, which fills the limit in {steps:,} more;"
+    )
 
 
 @pytest.mark.parametrize(
