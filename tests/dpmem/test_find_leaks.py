@@ -74,7 +74,8 @@ def found(job: dpmem.Job, *, isolate: bool = False, multiple_of: int = 1) -> Bat
     return dpmem.find_batch_size(
         job,
         budget_bytes=2_000_000,
-        max_batch=512,
+        # A process for each batch tried takes seconds.
+        max_batch=16 if isolate else 512,
         device=CPU,
         isolate=isolate,
         multiple_of=multiple_of,
