@@ -36,6 +36,8 @@ ASSUMED_CONTEXT_BYTES = 287_047_680
 # The search for the largest batch ends, unknown, when this many allocations and releases were
 # traced in vain: half a minute. A step that loops over its samples has more, the more samples.
 MOST_SEARCHED_CHANGES = 40_000
+# Between steps the same for every batch.
+_FIXED = frozenset(("parameter", "optimizer_state"))
 # In traces; every GPU's own takes its place.
 _WORKSPACE_BYTES = 8_519_680
 
@@ -113,6 +115,7 @@ class Forecast:
         self._traced: dict[Kernels, dict[int, Trace]] = {}
         self._searched_changes = 0
         self._reserved: dict[tuple[Kernels, int], int] = {}
+        self._fixed: int | None = None
 
     def trace(self, batch_size: int, gpu: Gpu) -> Trace:
         """The step's allocations on `gpu`: from two traced batches where they make a line."""
@@ -141,6 +144,19 @@ class Forecast:
             self._reserved[key] = peaks.reserved_bytes
         return self._reserved[key]
 
+    def _fixed_bytes(self) -> int:
+        """What every batch takes on every GPU, by the traces there are; 0 where there is none."""
+        if self._fixed is None:
+            traced = next((made for of in self._traced.values() for made in of.values()), None)
+            if traced is None:
+                return 0
+            self._fixed = sum(
+                change.delta_bytes
+                for change in traced.changes[: traced.step_starts[-1]]
+                if change.storage is not None and traced.categories[change.storage] in _FIXED
+            )
+        return self._fixed
+
     def largest_batch(self, gpu: Gpu) -> int:
         """The largest batch whose upper bound `gpu` has room for; 0 where one sample has not.
 
@@ -159,6 +175,8 @@ class Forecast:
         # Beginning where it was traced anyway saves a trace.
         batch = min(self._traced.get(_traced_kernels(gpu), ()), default=2)
         while fails is None or fails[0] - fits[0] > 1:
+            if _upper(self._fixed_bytes()) > room_bytes:
+                return 0
             if self._searched_changes > MOST_SEARCHED_CHANGES:
                 raise SearchTooLong(
                     f"it is {fits[0]} or more; larger batches take too long to trace one by one"

@@ -85,6 +85,18 @@ def test_no_batch_fits_a_gpu_that_is_too_small() -> None:
     assert estimate.largest_batch == 0
 
 
+def test_what_every_batch_takes_rules_out_small_gpus_by_one_trace() -> None:
+    forecast = Forecast(JOB)
+    # Weights, biases, and two states of each.
+    fixed_bytes = 3 * 4 * 4 * (WIDTH * WIDTH + WIDTH)
+    with mock.patch.object(estimate_module, "trace", wraps=estimate_module.trace) as traced:
+        assert forecast.largest_batch(gpu(fixed_bytes)) == 0
+        assert forecast.largest_batch(gpu(fixed_bytes, architecture=(7, 0))) == 0
+        assert traced.call_count == 1
+        assert forecast.largest_batch(gpu(2 * fixed_bytes + 40 * MIB)) > 0
+        assert traced.call_count > 1
+
+
 def test_a_data_set_that_ends_leaves_the_largest_batch_unknown() -> None:
     samples = torch.zeros(8, WIDTH)
     estimate = Forecast(replace(JOB, batch=lambda n: samples[:n])).estimate(8, gpu(1 << 30))
