@@ -203,17 +203,14 @@ class BucketBuffer:
         return target
 
     def _plan_for(self, members: Sequence[Member], gradients: Sequence[Tensor]) -> PackPlan:
+        # A member without elements shares its place with the next.
         offsets = tuple(member.offset for member in members)
+        numels = tuple(member.numel for member in members)
         launch, self._launches = self._launches, self._launches + 1
-        if launch == len(self._pack_plans) or self._pack_plans[launch].offsets != offsets:
-            self._pack_plans[launch:] = [
-                PackPlan(
-                    [gradient.numel() for gradient in gradients],
-                    [gradient.dtype for gradient in gradients],
-                    offsets,
-                    self._device,
-                )
-            ]
+        known = self._pack_plans[launch : launch + 1]
+        if not known or (known[0].offsets, known[0].numels) != (offsets, numels):
+            dtypes = [gradient.dtype for gradient in gradients]
+            self._pack_plans[launch:] = [PackPlan(numels, dtypes, offsets, self._device)]
         return self._pack_plans[launch]
 
     def _take_stats(self) -> None:

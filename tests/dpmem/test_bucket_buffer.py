@@ -70,6 +70,14 @@ def test_parts_are_the_whole(
                 member.parameter.grad = None
 
 
+def test_a_gradient_without_elements_shares_the_place_of_another() -> None:
+    buffer = make([1, 0])
+    one, none = buffer.members if buffer.members[0].numel else reversed(buffer.members)
+    assert one.offset == none.offset
+    for member in (one, none, one):
+        give(buffer, {buffer.members.index(member): torch.ones(member.numel)}, scale=1.0)
+
+
 def test_no_more_than_that_exists_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bucket_buffer, "_AT_ONCE_BYTES", 300)
     buffer = make([25] * 12)

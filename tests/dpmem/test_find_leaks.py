@@ -82,7 +82,7 @@ def found(job: dpmem.Job, *, isolate: bool = False, multiple_of: int = 1) -> Bat
     )
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_outputs_in_a_list(isolate: bool) -> None:
     result = found(replace(JOB, loss=loss_of_kept_outputs), isolate=isolate)
     (note,) = result.notes
