@@ -19,9 +19,6 @@ from dpmem_kernels import GradStats, PackPlan, bucket_pack, bucket_unpack, grad_
 
 # What one launch packs; others (float64) are multiplied into their places one by one.
 _PACKED = (torch.float32, torch.bfloat16, torch.float16)
-# So much is packed at once: little enough that gradients exist twice for a moment only, and are
-# read while a cache holds them; enough to be worth a launch.
-_AT_ONCE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,40 +68,33 @@ class BucketBuffer:
         self._wire_dtype = wire_dtype if travels_packed else None
         self.flat: Tensor | None = None
         self._wire: Tensor | None = None
-        # What this backward's gradients go into, from the first one taken until it travels.
-        self._filling: Tensor | None = None
-        self._complete: list[Member] = []
-        self._complete_bytes = 0
+        # Of the last backward: which gradients are present seldom changes.
+        self._pack_plan: PackPlan | None = None
         self._present: list[Member] = []
-        # One per launch: which gradients it packs seldom changes from backward to backward.
-        self._pack_plans: list[PackPlan] = []
-        self._launches = 0
         self._stats: GradStats | None = None
         # The flat buffer's version when its stats were taken: views share the counter, so any
         # later write to a gradient shows.
         self._stats_version = -1
 
-    def complete(self, member: Member) -> bool:
-        """A gradient is complete; True where there are enough of them to `take`."""
-        self._complete.append(member)
-        self._complete_bytes += member.numel * self.plan.dtype.itemsize
-        return self._complete_bytes >= _AT_ONCE_BYTES
-
-    def take(self, scale: float) -> None:
-        """Take the complete gradients, times `scale`, out of `.grad`."""
-        self._take(self._complete, scale)
-
     def pack(self, scale: float) -> Tensor:
-        """Take every gradient that is still in `.grad`; the tensor that travels.
+        """Take the gradients, times `scale`, out of `.grad`; the tensor that travels.
 
         Absent ones count as zeros.
         """
-        target = self._take(self.members, scale)
-        present = set(self._present)
+        self._present = [m for m in self.members if m.parameter.grad is not None]
+        target = self._target()
         for member in self.members:
-            if member not in present:
+            if member.parameter.grad is None:
                 target[member.offset : member.offset + member.numel].zero_()
-        self._filling = None
+        gradients = [member.gradient() for member in self._present]
+        if self.plan.dtype in _PACKED:
+            bucket_pack(self._plan_for(gradients), gradients, target, scale=scale)
+        else:
+            for member, gradient in zip(self._present, gradients, strict=True):
+                place = target[member.offset : member.offset + member.numel]
+                torch.mul(gradient, scale, out=place)
+        for member in self._present:
+            member.parameter.grad = None
         return target
 
     def pack_zeros(self) -> Tensor:
@@ -137,8 +127,7 @@ class BucketBuffer:
 
     def release(self) -> None:
         """Let go of the memory; gradients that are its views keep it."""
-        self.flat = self._wire = self._filling = None
-        self._complete, self._complete_bytes = [], 0
+        self.flat = self._wire = None
         self._stats = None
 
     def has_gradients(self) -> bool:
@@ -168,26 +157,6 @@ class BucketBuffer:
         assert self._stats is not None
         return [self._stats]
 
-    def _take(self, members: Sequence[Member], scale: float) -> Tensor:
-        """Those of `members` that have a gradient; returns what they went into."""
-        if self._filling is None:
-            self._filling, self._present, self._launches = self._target(), [], 0
-        self._complete, self._complete_bytes = [], 0
-        members = [member for member in members if member.parameter.grad is not None]
-        gradients = [member.gradient() for member in members]
-        if self.plan.dtype in _PACKED:
-            if members:
-                plan = self._plan_for(members, gradients)
-                bucket_pack(plan, gradients, self._filling, scale=scale)
-        else:
-            for member, gradient in zip(members, gradients, strict=True):
-                place = self._filling[member.offset : member.offset + member.numel]
-                torch.mul(gradient, scale, out=place)
-        for member in members:
-            member.parameter.grad = None
-        self._present += members
-        return self._filling
-
     def _target(self) -> Tensor:
         dtype = self._wire_dtype or self.plan.dtype
         target = self.flat if self._wire_dtype is None else None
@@ -202,16 +171,15 @@ class BucketBuffer:
             self.flat, self._wire = None, target
         return target
 
-    def _plan_for(self, members: Sequence[Member], gradients: Sequence[Tensor]) -> PackPlan:
+    def _plan_for(self, gradients: list[Tensor]) -> PackPlan:
+        offsets = tuple(member.offset for member in self._present)
         # A member without elements shares its place with the next.
-        offsets = tuple(member.offset for member in members)
-        numels = tuple(member.numel for member in members)
-        launch, self._launches = self._launches, self._launches + 1
-        known = self._pack_plans[launch : launch + 1]
-        if not known or (known[0].offsets, known[0].numels) != (offsets, numels):
+        numels = tuple(member.numel for member in self._present)
+        known = self._pack_plan
+        if known is None or (known.offsets, known.numels) != (offsets, numels):
             dtypes = [gradient.dtype for gradient in gradients]
-            self._pack_plans[launch:] = [PackPlan(numels, dtypes, offsets, self._device)]
-        return self._pack_plans[launch]
+            known = self._pack_plan = PackPlan(numels, dtypes, offsets, self._device)
+        return known
 
     def _take_stats(self) -> None:
         assert self.flat is not None
@@ -232,9 +200,6 @@ class BucketBuffer:
 
 class SparseBuffer(BucketBuffer):
     """One sparse gradient (of an embedding with sparse=True), which travels as it is."""
-
-    def complete(self, member: Member) -> bool:
-        return False  # it fills the bucket
 
     def pack(self, scale: float) -> Tensor:
         """The gradient times `scale`, coalesced; an empty one where there is none."""

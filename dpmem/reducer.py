@@ -1,11 +1,12 @@
 """Gradients in flight: hook -> pack -> collective -> epilogue.
 
-autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket. As soon as there
-are 8 MiB of a bucket's gradients, one launch packs them (times 1/world_size) and they leave
-`parameter.grad`, so that no more than that exists twice. When a bucket is full, and every bucket
-before it has been launched, its asynchronous all-reduce starts. At the end of backward the
-collectives are awaited, the gradients come back as views of the buckets and, where somebody clips,
-each bucket is read once for its sum of squares and its finite flag.
+autograd leaves `parameter.grad`; a post-accumulate hook counts it into its bucket; when the
+bucket is full, and every bucket before it has been launched, one kernel packs it (times
+1/world_size), its gradients leave `parameter.grad` and an asynchronous all-reduce starts. Not
+before: a bucket that is filled as gradients come takes all of its memory while activations still
+hold most of theirs. At the end of backward the collectives are awaited, the gradients come back as
+views of the buckets and, where somebody clips, each bucket is read once for its sum of squares and
+its finite flag.
 
 A gradient that travels is nobody's `.grad`: what is zeroed or read after a backward that raised is
 never memory that a collective still writes.
@@ -20,8 +21,7 @@ gradients nobody reads.
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -371,11 +371,8 @@ class Reducer:
             )
         if self._seen is not None:
             self._seen.append(index)
-        number, member = self._place_of[index]
+        number, _ = self._place_of[index]
         self._waiting[number] -= 1
-        if self._buffers[number].complete(member):
-            with self._packing() as scale:
-                self._buffers[number].take(scale)
         while self._next < len(self._buffers) and self._waiting[self._next] == 0:
             self._launch()
 
@@ -388,17 +385,12 @@ class Reducer:
         return False
 
     def _launch(self) -> None:
-        """Pack what is left of the next bucket and start its all-reduce."""
+        """Pack the next bucket and start its all-reduce."""
         buffer = self._buffers[self._next]
-        with self._packing() as scale:
-            self._travel(buffer, buffer.pack(scale))
-
-    @contextmanager
-    def _packing(self) -> Iterator[float]:
-        """What gradients are multiplied by; tells the other ranks where packing fails."""
         try:
             with torch.no_grad():
-                yield 1.0 if self._comm_hook is not None else self.scale
+                scale = 1.0 if self._comm_hook is not None else self.scale
+                self._travel(buffer, buffer.pack(scale))
         except RuntimeError as error:
             # Out of memory, most likely, of which autograd's error says no more than this.
             self._lockstep.failed(error, "packing a bucket of gradients")

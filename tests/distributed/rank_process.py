@@ -14,10 +14,6 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpmem import bucket_buffer
-
-    # The tests' models are small: theirs too shall be packed in parts.
-    bucket_buffer._AT_ONCE_BYTES = 128
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     dist.init_process_group(
