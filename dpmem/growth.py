@@ -14,21 +14,21 @@ LEAST_LEAK_BYTES = 4096
 
 def note_of_a_leak(result: BatchSizeResult) -> tuple[str, ...]:
     """A sentence where memory grew from step to step at every batch that ran; else nothing."""
-    ran = [probe for probe in result.probes if probe.growth_bytes is not None]
-    growths = [probe.growth_bytes or 0 for probe in ran]
-    if min(growths, default=0) <= 0 or max(growths) < LEAST_LEAK_BYTES:
+    growth_bytes = {
+        probe.batch: probe.growth_bytes for probe in result.probes if probe.growth_bytes is not None
+    }
+    if min(growth_bytes.values(), default=0) <= 0:
         return ()
-    # The growth at the answer, or at the batch nearest to it.
-    answer = result.largest_safe or ran[0].batch
-    probe = min(ran, key=lambda probe: abs(probe.batch - answer))
-    grows = (
-        f"each step at batch {probe.batch} leaves {format_bytes(probe.growth_bytes or 0)} behind"
-    )
+    if max(growth_bytes.values()) < LEAST_LEAK_BYTES:
+        return ()
+    # At the answer, or at the batch nearest to it.
+    answer = result.largest_safe or next(iter(growth_bytes))
+    batch = min(growth_bytes, key=lambda batch: abs(batch - answer))
+    grows = f"each step at batch {batch} leaves {format_bytes(growth_bytes[batch])} behind"
     until = ""
     if result.largest_safe is not None:
         room_bytes = result.limit_bytes - (result.peak_bytes or 0)
-        steps = room_bytes // (probe.growth_bytes or 1)
-        until = f", which fills the limit in {steps:,} more"
+        until = f", which fills the limit in {room_bytes // growth_bytes[batch]:,} more"
     return (
         f"the job leaks: {grows}{until}; look for what it keeps of every step, such as outputs, or "
         "a metric with its graph, in a list (keep metric.item())",

@@ -48,7 +48,7 @@ def flatten_dense(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def dense_gradient(parameter: Tensor) -> Tensor:
-    """`parameter.grad`, detached.
+    """`parameter.grad`, or a view of it without the graph that backward(create_graph=True) left.
 
     Raises TypeError where it is sparse.
     """
@@ -60,7 +60,7 @@ def dense_gradient(parameter: Tensor) -> Tensor:
             f"it is no weight of an nn.Embedding with sparse=True; received {gradient.layout}; "
             "use such an embedding, or make the gradient dense"
         )
-    return gradient if not gradient.requires_grad else gradient.detach()
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def writable_gradient(parameter: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
 
 
 class _MeansForRandomNumbers(TorchDispatchMode):
-    """Fills with a distribution's mean what random numbers would fill: a tenth of the time.
+    """Fills with a distribution's mean what random numbers would fill, which takes far longer.
 
     Rejection, as of a truncated normal distribution, ends on it.
     """
