@@ -18,7 +18,6 @@ are set to None it is released at the next forward, so activations never share t
 gradients nobody reads.
 """
 
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -28,16 +27,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
+from dpmem.agreements import order_of_first_rank, used_on_some_rank
+from dpmem.backward import NO_BACKWARD, AtTheEnd, is_whole_backward, running_backward
 from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dtype
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
 from dpmem.lockstep import Lockstep
 from dpmem_kernels import GradStats
-
-_NO_BACKWARD = -1
 
 _NO_GRAPH = (
     "backward(create_graph=True) of a model whose gradients are averaged: averages are computed "
@@ -66,23 +64,6 @@ class ReducerOptions:
     wire_dtype: torch.dtype | None = None
 
 
-class _AtTheEnd:
-    """What autograd calls when a backward ends. It is gone, uncalled, where the backward raised."""
-
-    is_over = False
-
-    def __init__(self, finish: Callable[[], None], raised: Callable[[], None]) -> None:
-        self._finish = finish
-        self._raised = weakref.finalize(self, raised)
-        self._raised.atexit = False
-
-    def __call__(self) -> None:
-        # An exception's traceback may hold on to this.
-        self.is_over = True
-        self._finish()
-        self._raised.detach()
-
-
 def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], None]:
     def on_gradient(_: Tensor) -> None:
         alive = reducer()
@@ -99,26 +80,6 @@ def _raised(reducer: "weakref.ref[Reducer]") -> Callable[[], None]:
             alive._lockstep.failed(None, "the backward")
 
     return on_exception
-
-
-def _running_backward() -> int:
-    """Autograd's number for the backward that runs on this thread; -1 where none does."""
-    return torch._C._current_graph_task_id()
-
-
-def _is_whole_backward() -> bool:
-    """Is it backward() of all leaves that ends on this thread, not autograd.grad() of some tensors?
-
-    Autograd does not say, but the call that runs it is on the stack. On CUDA a backward ends on
-    another thread, where this is False.
-    """
-    frame = sys._getframe()
-    while frame.f_code is not _engine_run_backward.__code__:
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    *_, inputs = frame.f_locals["args"]
-    return bool(frame.f_locals["kwargs"]["accumulate_grad"]) and not inputs
 
 
 def _remove(handles: dict[int, RemovableHandle]) -> None:
@@ -153,8 +114,8 @@ class Reducer:
         # Set where somebody clips: each bucket is then read once more, right after it arrived.
         self.collect_stats = False
         self._synchronize = False
-        self._local_backward = _NO_BACKWARD
-        self._end: weakref.ref[_AtTheEnd] | None = None
+        self._local_backward = NO_BACKWARD
+        self._end: weakref.ref[AtTheEnd] | None = None
         # Raised at the next forward, because the ranks that wait need this backward to end well.
         self._complaint: str | None = None
         self._warned = False
@@ -171,7 +132,7 @@ class Reducer:
         """
         self._synchronize = synchronize
         # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
-        if _running_backward() != _NO_BACKWARD:
+        if running_backward() != NO_BACKWARD:
             return
         if synchronize:
             self._lockstep.check_empty_backward()
@@ -214,13 +175,13 @@ class Reducer:
 
     def forward_failed(self, error: BaseException | None) -> None:
         """A forward that was to be averaged raised: tell the ranks that will wait for it."""
-        if _running_backward() == _NO_BACKWARD:
+        if running_backward() == NO_BACKWARD:
             self._lockstep.failed(error, "the forward")
 
     def wait(self, work: "dist.Work | torch.futures.Future[Tensor]") -> Any:
         """The result of a collective that all ranks of this wrapper take part in."""
         # On CUDA a wait does not hold the host, and NCCL watches its collectives itself.
-        watched = self._parameters[0].device.type == "cpu"
+        watched = self._device().type == "cpu"
         return self._lockstep.wait(work) if watched else work.wait()
 
     def shadow(self) -> None:
@@ -309,13 +270,12 @@ class Reducer:
             self._settle()
             self._follow_order()
             self._lockstep.backward_begins()
-            end = _AtTheEnd(self._finish, _raised(weakref.ref(self)))
+            end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
-            torch.autograd.Variable._execution_engine.queue_callback(end)
 
     def _skip(self, _: Tensor) -> None:
         """A backward reached an output of a local forward."""
-        self._local_backward = _running_backward()
+        self._local_backward = running_backward()
 
     def _settle(self) -> None:
         """Complete what a backward that raised left: other ranks may wait in its collectives.
@@ -351,7 +311,7 @@ class Reducer:
         if index not in self._arrivals:
             return  # frozen when the forward ran
         if not self._is_averaging():
-            if not self._synchronize or _running_backward() == self._local_backward:
+            if not self._synchronize or running_backward() == self._local_backward:
                 return
             self._begin()
         self._arrivals[index] += 1
@@ -421,7 +381,7 @@ class Reducer:
     def _finish(self) -> None:
         """End of backward: launch what is left, await everything, give the gradients back."""
         if not any(self._arrivals.values()):
-            is_whole = _is_whole_backward()
+            is_whole = is_whole_backward()
             if not (is_whole and self._may_be_unused()):
                 # It went through the outputs to other tensors alone.
                 self._lockstep.backward_was_empty(whole=is_whole)
@@ -479,6 +439,9 @@ class Reducer:
                 "them, use them in the loss, or pass find_unused_parameters=True"
             )
 
+    def _device(self) -> torch.device:
+        return self._parameters[0].device
+
     def _may_be_unused(self) -> bool:
         return self._options.find_unused or self._options.static_graph
 
@@ -489,17 +452,11 @@ class Reducer:
         if self._used_somewhere is not None:
             return [i for i in missing if i in self._used_somewhere]
         with torch.profiler.record_function("search_unused_parameters"):
-            used = torch.tensor(
-                [i not in missing for i in self._trainable],
-                dtype=torch.int32,
-                device=self._parameters[0].device,
-            )
-            maximum = dist.ReduceOp.MAX
-            self.wait(dist.all_reduce(used, op=maximum, group=self._group, async_op=True))
-        # Reading it is a wait for the device.
+            used = [i not in missing for i in self._trainable]
+            read = used_on_some_rank(used, self._group, self._device(), self.wait)
         if not missing and not self._options.static_graph:
             return []
-        flags = zip(self._trainable, used.tolist(), strict=True)
+        flags = zip(self._trainable, read(), strict=True)
         somewhere = frozenset(i for i, is_used in flags if is_used)
         if self._options.static_graph:
             self._used_somewhere = somewhere
@@ -512,12 +469,8 @@ class Reducer:
         rest = [i for i in reversed(self._trainable) if i not in self._seen]
         place = {index: place for place, index in enumerate(self._trainable)}
         order = [place[index] for index in [*self._seen, *rest]]
-        told = torch.tensor(order, device=self._parameters[0].device)
-        first = dist.get_global_rank(self._group, 0)
-        self.wait(dist.broadcast(told, first, group=self._group, async_op=True))
+        self._next_order = order_of_first_rank(order, self._group, self._device(), self.wait)
         self._seen = None
-        # Rank 0 need not read what it said: in a forecast it says it without data.
-        self._next_order = order if dist.get_rank(self._group) == 0 else told.tolist()
 
     def _follow_order(self) -> None:
         """Lay the buckets out as agreed after the first backward."""
