@@ -7,70 +7,18 @@ their average.
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tasks import _are_equal_across_ranks
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from toys import Layers, are_equal_across_ranks, averaged, differing, input_of
 
 import dpmem
 from dpmem.ddp_rule import by_rule
 from dpmem_profiling import measure
-
-Loss = Callable[[nn.Module, int], Tensor]
-
-
-def averaged(model: nn.Module, loss: Loss) -> list[Tensor | None]:
-    """The gradients of `model` averaged over ranks whose loss is `loss(model, rank)`."""
-    ranks = dist.get_world_size()
-    total: list[Tensor | None] = [None for _ in model.parameters()]
-    for rank in range(ranks):
-        alone = copy.deepcopy(model)
-        alone.zero_grad()
-        loss(alone, rank).backward()
-        for i, parameter in enumerate(alone.parameters()):
-            if parameter.grad is not None:
-                share = parameter.grad.to_dense() / ranks
-                before = total[i]
-                total[i] = share if before is None else before + share
-    return total
-
-
-def differing(model: nn.Module, expected: list[Tensor | None]) -> list[str]:
-    """Names of gradients that are not the expected ones, to a rounding."""
-    names = []
-    for (name, parameter), want in zip(model.named_parameters(), expected, strict=True):
-        have = parameter.grad
-        if have is None or want is None:
-            same = have is want
-        else:
-            same = have.dtype == want.dtype and torch.allclose(have.to_dense(), want, rtol=1e-5)
-        if not same:
-            names.append(name)
-    return names
-
-
-class Layers(nn.Module):
-    """Three layers; `which` names those that take part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in ("a", "b", "c")})
-
-    def forward(self, x: Tensor, which: str = "abc") -> Tensor:
-        for name in which:
-            x = torch.tanh(self.layers[name](x))
-        return x
-
-
-def _input(rank: int, width: int = 6) -> Tensor:
-    return torch.randn(4, width, generator=torch.Generator().manual_seed(50 + rank))
 
 
 class Kinds(nn.Module):
@@ -101,7 +49,7 @@ class Kinds(nn.Module):
 
 def kinds_of_parameters(rank: int, bucket_cap_mb: float) -> list[str]:
     def loss(model: nn.Module, rank: int) -> Tensor:
-        return model(_input(rank))
+        return model(input_of(rank))
 
     model = Kinds()
     wrapped = dpmem.DataParallel(model, bucket_cap_mb=bucket_cap_mb)
@@ -155,8 +103,8 @@ def frozen_and_unfrozen(rank: int) -> tuple[list[str], list[int]]:
     for trainable in ("abc", "c", "ac", "abc"):
         for name, layer in model.layers.items():
             layer.requires_grad_(name in trainable)
-        expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
-        wrapped(_input(rank)).square().sum().backward()
+        expected = averaged(model, lambda model, rank: model(input_of(rank)).square().sum())
+        wrapped(input_of(rank)).square().sum().backward()
         different += [f"{trainable}: {name}" for name in differing(model, expected)]
         sizes.append(sum(bucket.numel for bucket in wrapped._gradients.plan.buckets))
         wrapped.zero_grad()
@@ -169,12 +117,12 @@ def used_only_under_no_sync(rank: int) -> list[str]:
     wrapped = dpmem.DataParallel(model, find_unused_parameters=True)
 
     def loss(model: nn.Module, rank: int) -> Tensor:
-        return model(_input(rank), "abc").sum() + model(_input(rank + 7), "ac").sum()
+        return model(input_of(rank), "abc").sum() + model(input_of(rank + 7), "ac").sum()
 
     expected = averaged(model, loss)
     with wrapped.no_sync():
-        wrapped(_input(rank), "abc").sum().backward()
-    wrapped(_input(rank + 7), "ac").sum().backward()
+        wrapped(input_of(rank), "abc").sum().backward()
+    wrapped(input_of(rank + 7), "ac").sum().backward()
     return differing(model, expected)
 
 
@@ -188,7 +136,7 @@ def unused_differently(rank: int, static_graph: bool) -> list[str]:
     for _ in range(3):
 
         def loss(model: nn.Module, rank: int) -> Tensor:
-            return model(_input(rank), "ab" if rank == 0 else "a").square().sum()
+            return model(input_of(rank), "ab" if rank == 0 else "a").square().sum()
 
         expected = averaged(model, loss)
         loss(wrapped, rank).backward()
@@ -199,10 +147,10 @@ def unused_differently(rank: int, static_graph: bool) -> list[str]:
 
 def changed_static_graph(rank: int) -> str | None:
     wrapped = dpmem.DataParallel(Layers(), static_graph=True)
-    wrapped(_input(rank), "ab").sum().backward()
-    wrapped(_input(rank), "a").sum().backward()
+    wrapped(input_of(rank), "ab").sum().backward()
+    wrapped(input_of(rank), "a").sum().backward()
     try:
-        wrapped(_input(rank), "ab")
+        wrapped(input_of(rank), "ab")
     except RuntimeError as error:
         return str(error)
     return None
@@ -227,7 +175,7 @@ def reentrant_twice(rank: int) -> list[str]:
     for _ in range(3):
 
         def loss(model: nn.Module, rank: int) -> Tensor:
-            return model(_input(rank).requires_grad_()).square().sum()
+            return model(input_of(rank).requires_grad_()).square().sum()
 
         expected = averaged(model, loss)
         loss(wrapped, rank).backward()
@@ -242,7 +190,7 @@ def gradients_of_their_own(rank: int) -> tuple[list[str], bool, int]:
     wrapped = dpmem.DataParallel(model, gradient_as_bucket_view=False)
 
     def loss(model: nn.Module, rank: int) -> Tensor:
-        return model(_input(rank)).square().sum()
+        return model(input_of(rank)).square().sum()
 
     expected = averaged(model, loss)
     loss(wrapped, rank).backward()
@@ -254,110 +202,13 @@ def gradients_of_their_own(rank: int) -> tuple[list[str], bool, int]:
     return different, torch.equal(held, before), len(wrapped.owned_tensors()["bucket"])
 
 
-def narrow_wire(rank: int, dtype: torch.dtype) -> tuple[list[str], bool, set[torch.dtype]]:
-    """Gradients that travel as `dtype`: rounded once before the sum and in it, equal on all."""
-    model = Layers()
-    wrapped = dpmem.DataParallel(model, wire_dtype=dtype)
-    traveled: list[torch.dtype] = []
-    plain = dist.all_reduce
-
-    def spy(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        traveled.append(tensor.dtype)
-        return plain(tensor, *args, **kwargs)
-
-    dist.all_reduce = spy
-    try:
-        wrapped(_input(rank)).square().sum().backward()
-    finally:
-        dist.all_reduce = plain
-    exact = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
-    shares = []
-    for other in range(dist.get_world_size()):
-        alone = copy.deepcopy(model)
-        alone.zero_grad()
-        alone(_input(other)).square().sum().backward()
-        shares.append([(p.grad / dist.get_world_size()).to(dtype) for p in alone.parameters()])
-    wrong = [
-        name
-        for (name, p), a, b in zip(model.named_parameters(), *shares, strict=True)
-        if not torch.equal(p.grad, (a + b).float())
-    ]
-    assert not all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), exact, strict=True))
-    same = _are_equal_across_ranks([p.grad for p in model.parameters()])
-    return wrong, same, set(traveled)
-
-
-def clipped_over_a_narrow_wire(rank: int) -> tuple[float, float]:
-    """The norm that clipping saw, and that of the gradients before it."""
-    model = Layers()
-    wrapped, optimizer = dpmem.wrap(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.0),
-        max_grad_norm=0.01,
-        wire_dtype=torch.bfloat16,
-    )
-    wrapped(_input(rank)).square().sum().backward()
-    expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    optimizer.step()
-    return float(wrapped.grad_norm), float(expected)
-
-
-def torchs_hook(rank: int) -> list[float]:
-    """torch's bf16 hook on our engine, and an error for a hook that returns a list."""
-    model = Layers()
-    wrapped = dpmem.DataParallel(model, bucket_cap_mb=0.0001)
-    wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
-    expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
-    wrapped(_input(rank)).square().sum().backward()
-    return [
-        float((p.grad - e).abs().max() / e.abs().max())
-        for p, e in zip(model.parameters(), expected, strict=True)
-    ]
-
-
-def hook_of_a_list(rank: int) -> None:
-    wrapped = dpmem.DataParallel(Layers())
-
-    def hook(state: object, bucket: dpmem.GradBucket) -> Any:
-        return dist.all_reduce(bucket.buffer(), async_op=True).get_future()
-
-    wrapped.register_comm_hook(None, hook)
-    wrapped(_input(rank)).sum().backward()
-
-
-def two_hooks(rank: int) -> None:
-    wrapped = dpmem.DataParallel(Layers())
-    wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
-    wrapped.register_comm_hook(None, default_hooks.allreduce_hook)
-
-
-def our_hook_for_ddp(rank: int) -> list[str]:
-    """DistributedDataParallel with dpmem.comm_hook: as our engine with that wire."""
-    theirs = DistributedDataParallel(Layers())
-    theirs.register_comm_hook(None, dpmem.comm_hook(torch.bfloat16))
-    ours = dpmem.DataParallel(Layers(), wire_dtype=torch.bfloat16)
-    different = []
-    for _ in range(3):
-        for model in (theirs, ours):
-            model.zero_grad()
-            model(_input(rank)).square().sum().backward()
-        different += [
-            name
-            for (name, a), b in zip(
-                theirs.module.named_parameters(), ours.parameters(), strict=True
-            )
-            if not torch.equal(a.grad, b.grad)
-        ]
-    return different
-
-
 def copies_train(rank: int, how: str) -> list[str]:
     """A copied or pickled wrapper averages, and does not touch the original."""
     model = Layers()
     wrapped, _ = dpmem.wrap(model, activations="lossless")
     again = copy.deepcopy(wrapped) if how == "copy" else pickle.loads(pickle.dumps(wrapped))
-    expected = averaged(model, lambda model, rank: model(_input(rank)).square().sum())
-    again(_input(rank)).square().sum().backward()
+    expected = averaged(model, lambda model, rank: model(input_of(rank)).square().sum())
+    again(input_of(rank)).square().sum().backward()
     assert all(p.grad is None for p in model.parameters())
     assert again._store is not None
     assert list(again.state_dict()) == list(model.state_dict())
@@ -384,7 +235,7 @@ def graph_of_gradients(rank: int) -> tuple[list[str], str, bool]:
     wrapped = dpmem.DataParallel(model)
 
     def loss(model: nn.Module, rank: int) -> Tensor:
-        value = model(_input(rank)).square().sum()
+        value = model(input_of(rank)).square().sum()
         gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
         return value + sum(gradient.square().sum() for gradient in gradients)
 
@@ -394,7 +245,7 @@ def graph_of_gradients(rank: int) -> tuple[list[str], str, bool]:
     wrapped.zero_grad()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        wrapped(_input(rank)).square().sum().backward(create_graph=True)
+        wrapped(input_of(rank)).square().sum().backward(create_graph=True)
     said = [str(w.message) for w in caught if "no .grad has a graph" in str(w.message)]
     return different, said[0], any(p.grad.requires_grad for p in model.parameters())
 
@@ -407,7 +258,7 @@ def agreed_order(rank: int) -> tuple[list[str], list[int], list[int]]:
     for _ in range(3):
 
         def loss(model: nn.Module, rank: int) -> Tensor:
-            return model(_input(rank), "cab" if rank == 0 else "bca").square().sum()
+            return model(input_of(rank), "cab" if rank == 0 else "bca").square().sum()
 
         expected = averaged(model, loss)
         loss(wrapped, rank).backward()
@@ -435,7 +286,7 @@ def uneven_inputs(rank: int, even: bool) -> tuple[list[float], bool]:
                 with torch.no_grad():
                     model[0].weight -= 0.1 * model[0].weight.grad
                 wrapped.zero_grad()
-    return seen, _are_equal_across_ranks([*model.parameters(), *model.buffers()])
+    return seen, are_equal_across_ranks([*model.parameters(), *model.buffers()])
 
 
 def compiled(rank: int, which: str) -> list[str]:
@@ -450,7 +301,7 @@ def compiled(rank: int, which: str) -> list[str]:
         wrapped = torch.compile(dpmem.DataParallel(model), backend="aot_eager")
     different = []
     for step in range(3):
-        inputs = {other: _input(other + step) for other in range(dist.get_world_size())}
+        inputs = {other: input_of(other + step) for other in range(dist.get_world_size())}
         expected = averaged(
             model, lambda model, rank, inputs=inputs: model(inputs[rank]).square().sum()
         )
@@ -466,7 +317,7 @@ def two_forwards_in_evaluation(rank: int) -> list[str]:
     wrapped = dpmem.DataParallel(model)
 
     def loss(model: nn.Module, rank: int) -> Tensor:
-        return model(_input(rank)).square().sum() + model(_input(rank + 5)).square().sum()
+        return model(input_of(rank)).square().sum() + model(input_of(rank + 5)).square().sum()
 
     expected = averaged(model, loss)
     loss(wrapped, rank).backward()

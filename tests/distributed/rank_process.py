@@ -13,6 +13,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import tasks
     import torch
     import torch.distributed as dist
+    import wire_tasks
 
     warnings.simplefilter("error")
     torch.set_num_threads(1)
@@ -27,7 +28,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         task, arguments = pipe.recv()
         torch.manual_seed(0)
         try:
-            modules = (tasks, backward_tasks, behaviour_tasks, scaling_tasks)
+            modules = (tasks, backward_tasks, behaviour_tasks, scaling_tasks, wire_tasks)
             module = next(module for module in modules if hasattr(module, task))
             result, trace = getattr(module, task)(rank, **arguments), None
         except Exception as error:  # noqa: BLE001 - whatever it is, the test must hear of it

@@ -7,105 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from toys import Skipping, are_equal_across_ranks, gradients, loss_of, make, pair
 
 import dpmem
 from dpmem.text_gpt import ByteGPT, GPTSize
-
-
-class ConvNet(nn.Module):
-    """Convolutions in channels_last, batch norm, a linear head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 16, 3),
-            nn.ReLU(),
-        ).to(memory_format=torch.channels_last)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x).mean((2, 3)))
-
-
-class TiedAndUnused(nn.Module):
-    """Tied weights, a parameter nobody uses, one used on rank 0 alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 8)
-        self.head = nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embed.weight
-        self.scalar = nn.Parameter(torch.tensor(0.5))
-        self.unused = nn.Parameter(torch.ones(3))
-        self.sometimes = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor, use: bool) -> Tensor:
-        hidden = self.embed(x) * self.scalar
-        return self.head(self.sometimes(hidden) if use else hidden)
-
-
-class _Skipping(nn.Module):
-    """Three layers, the middle one unused where `skip`."""
-
-    def __init__(self, skip: bool) -> None:
-        super().__init__()
-        self.skip = skip
-        self.first, self.middle, self.last = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.first(x)
-        return self.last(hidden if self.skip else self.middle(hidden))
-
-
-def _make(kind: str) -> nn.Module:
-    torch.manual_seed(1)
-    if kind == "conv":
-        return ConvNet()
-    if kind == "gpt":
-        return ByteGPT(GPTSize(layers=2, width=32, heads=2, context=16))
-    return TiedAndUnused()
-
-
-def _loss(kind: str, model: nn.Module, rank: int, step: int) -> Tensor:
-    noise = torch.Generator().manual_seed(100 * step + rank)
-    if kind == "conv":
-        return model(torch.randn(4, 3, 8, 8, generator=noise)).square().sum()
-    tokens = torch.randint(0, 20, (3, 16), generator=noise)
-    if kind == "gpt":
-        return model(tokens).float().logsumexp(-1).sum()
-    return model(tokens, rank == 0).square().sum()
-
-
-def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {
-        name.removeprefix("module."): None if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-    }
-
-
-def _pair(kind: str, **options: Any) -> tuple[DistributedDataParallel, dpmem.DataParallel]:
-    model = _make(kind)
-    unused = kind == "tied"
-    theirs = DistributedDataParallel(
-        copy.deepcopy(model), find_unused_parameters=unused, gradient_as_bucket_view=True
-    )
-    return theirs, dpmem.DataParallel(model, find_unused_parameters=unused, **options)
 
 
 def gradient_parity(
     rank: int, kind: str, bucket_cap_mb: float, set_to_none: bool = True
 ) -> list[str]:
     """Names of gradients that are not bit-equal to DDP's, over some SGD steps."""
-    theirs, ours = _pair(kind, bucket_cap_mb=bucket_cap_mb)
+    theirs, ours = pair(kind, bucket_cap_mb=bucket_cap_mb)
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (theirs, ours)]
     different = []
     for step in range(3):
         for model in (theirs, ours):
-            _loss(kind, model, rank, step).backward()
-        expected, received = _gradients(theirs), _gradients(ours)
+            loss_of(kind, model, rank, step).backward()
+        expected, received = gradients(theirs), gradients(ours)
         for name, gradient in expected.items():
             other = received[name]
             same = gradient is other is None or (
@@ -123,15 +41,15 @@ def clipped_training(
     rank: int, kind: str, max_norm: float, steps: int
 ) -> tuple[float, float, bool]:
     """(largest parameter difference to DDP + clip_grad_norm_, largest norm difference, clipped)."""
-    theirs, _ = _pair(kind)
-    model = _make(kind)
+    theirs, _ = pair(kind)
+    model = make(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     ours, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=max_norm)
     their_optimizer = torch.optim.SGD(theirs.parameters(), lr=1e-2)
     worst_norm, clipped = 0.0, False
     for step in range(steps):
         for wrapped in (theirs, ours):
-            _loss(kind, wrapped, rank, step).backward()
+            loss_of(kind, wrapped, rank, step).backward()
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
         their_optimizer.step()
         optimizer.step()
@@ -159,7 +77,7 @@ def parameters_agree(rank: int) -> bool:
         nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return _are_equal_across_ranks(list(model.parameters()))
+    return are_equal_across_ranks(list(model.parameters()))
 
 
 def budgets_agree(rank: int) -> tuple[bool, bool]:
@@ -184,24 +102,24 @@ def budgets_agree(rank: int) -> tuple[bool, bool]:
 
 def accumulation(rank: int, kind: str) -> list[str]:
     """Two micro-batches under no_sync, one outside: the same gradients as DDP's?"""
-    theirs, ours = _pair(kind)
+    theirs, ours = pair(kind)
     for model in (theirs, ours):
         with model.no_sync():
-            _loss(kind, model, rank, 0).backward()
-            _loss(kind, model, rank, 1).backward()
-        _loss(kind, model, rank, 2).backward()
-    expected, received = _gradients(theirs), _gradients(ours)
+            loss_of(kind, model, rank, 0).backward()
+            loss_of(kind, model, rank, 1).backward()
+        loss_of(kind, model, rank, 2).backward()
+    expected, received = gradients(theirs), gradients(ours)
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 
 def no_sync_is_local(rank: int) -> bool:
     """Inside no_sync the gradient is this rank's own."""
-    model = _make("gpt")
+    model = make("gpt")
     alone = copy.deepcopy(model)
     wrapped = dpmem.DataParallel(model)
     with wrapped.no_sync():
-        _loss("gpt", wrapped, rank, 0).backward()
-    _loss("gpt", alone, rank, 0).backward()
+        loss_of("gpt", wrapped, rank, 0).backward()
+    loss_of("gpt", alone, rank, 0).backward()
     return all(
         torch.equal(a.grad, b.grad)
         for a, b in zip(model.parameters(), alone.parameters(), strict=True)
@@ -210,14 +128,14 @@ def no_sync_is_local(rank: int) -> bool:
 
 def every_backward_is_averaged(rank: int, between: str) -> bool:
     """A forward without gradients, or a second forward, between forward and backward."""
-    wrapped = dpmem.DataParallel(_make("gpt"))
-    loss = _loss("gpt", wrapped, rank, 0)
+    wrapped = dpmem.DataParallel(make("gpt"))
+    loss = loss_of("gpt", wrapped, rank, 0)
     if between == "no_grad":
         with torch.no_grad():
-            _loss("gpt", wrapped, rank, 1)
+            loss_of("gpt", wrapped, rank, 1)
         loss.backward()
     elif between == "second forward":
-        second = _loss("gpt", wrapped, rank, 1)
+        second = loss_of("gpt", wrapped, rank, 1)
         loss.backward()
         second.backward()
     else:
@@ -231,30 +149,30 @@ def every_backward_is_averaged(rank: int, between: str) -> bool:
 
 def averaged_across_no_sync(rank: int, order: str) -> list[str]:
     """A synchronized forward's backward averages, a local one's does not, in any order."""
-    model = _make("gpt")
+    model = make("gpt")
     wrapped = dpmem.DataParallel(model)
-    synchronized = [_loss("gpt", wrapped, rank, 0)]
+    synchronized = [loss_of("gpt", wrapped, rank, 0)]
     if order == "two forwards":
-        synchronized.append(_loss("gpt", wrapped, rank, 1))
+        synchronized.append(loss_of("gpt", wrapped, rank, 1))
         synchronized[0].backward()
         wrapped.zero_grad()
         del synchronized[0]
     with wrapped.no_sync():
-        local = _loss("gpt", wrapped, rank, 2)
+        local = loss_of("gpt", wrapped, rank, 2)
     different = []
     if order == "local first":
         local.backward()
         alone = copy.deepcopy(model)
         alone.zero_grad()
-        _loss("gpt", alone, rank, 2).backward()
+        loss_of("gpt", alone, rank, 2).backward()
         different += [
-            n for n, g in _gradients(model).items() if not torch.equal(g, _gradients(alone)[n])
+            n for n, g in gradients(model).items() if not torch.equal(g, gradients(alone)[n])
         ]
         wrapped.zero_grad()
     if order == "wrapper dropped":
         del wrapped
     synchronized[0].backward()
-    for name, gradient in _gradients(model).items():
+    for name, gradient in gradients(model).items():
         largest = gradient.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         if not torch.equal(gradient, largest):
@@ -264,37 +182,30 @@ def averaged_across_no_sync(rank: int, order: str) -> list[str]:
 
 def dropped_wrapper_is_idle(rank: int) -> list[str]:
     """Rank 0 keeps the loss of a dropped wrapper: its reducer must not join the next one's work."""
-    theirs, ours = _pair("gpt")
+    theirs, ours = pair("gpt")
     model = ours.module
-    kept = _loss("gpt", ours, rank, 0)
+    kept = loss_of("gpt", ours, rank, 0)
     if rank == 1:
         del kept
     del ours
     again = dpmem.DataParallel(model)
     for wrapped in (theirs, again):
-        _loss("gpt", wrapped, rank, 1).backward()
-    expected, received = _gradients(theirs), _gradients(again)
+        loss_of("gpt", wrapped, rank, 1).backward()
+    expected, received = gradients(theirs), gradients(again)
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 
 def unused_without_asking(rank: int, on: tuple[int, ...]) -> tuple[str | None, bool]:
     """What the forward after a backward that missed parameters on some ranks raises, if anything;
     do all ranks hold the same gradients meanwhile?"""
-    wrapped = dpmem.DataParallel(_Skipping(rank in on), bucket_cap_mb=0.0001)
+    wrapped = dpmem.DataParallel(Skipping(rank in on), bucket_cap_mb=0.0001)
     wrapped(torch.ones(2, 8) * (rank + 1)).sum().backward()
-    same = _are_equal_across_ranks([p.grad for p in wrapped.parameters()])
+    same = are_equal_across_ranks([p.grad for p in wrapped.parameters()])
     try:
         wrapped(torch.ones(2, 8))
     except RuntimeError as error:
         return str(error), same
     return None, same
-
-
-def _are_equal_across_ranks(tensors: list[Tensor]) -> bool:
-    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    everyone = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, flat)
-    return all(torch.equal(everyone[0], other) for other in everyone)
 
 
 def frozen_buffers_in_evaluation(rank: int) -> float:
@@ -310,34 +221,34 @@ def frozen_buffers_in_evaluation(rank: int) -> float:
 
 def recovers_after_exception(rank: int, set_to_none: bool) -> list[str]:
     """A backward that raises midway leaves nothing behind that spoils the next step."""
-    theirs, ours = _pair("gpt", bucket_cap_mb=0.01)
+    theirs, ours = pair("gpt", bucket_cap_mb=0.01)
 
     def fail(_: Tensor) -> None:
         raise ArithmeticError("planned")
 
     handle = ours.module.blocks[0].expand.weight.register_hook(fail)
     try:
-        _loss("gpt", ours, rank, 0).backward()
+        loss_of("gpt", ours, rank, 0).backward()
     except ArithmeticError:
         handle.remove()
     ours.zero_grad(set_to_none)
     for model in (theirs, ours):
-        _loss("gpt", model, rank, 1).backward()
-    expected, received = _gradients(theirs), _gradients(ours)
+        loss_of("gpt", model, rank, 1).backward()
+    expected, received = gradients(theirs), gradients(ours)
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 
 def wrapped_again(rank: int) -> list[str]:
     """Wrap, train, drop the wrapper, wrap again: the first must be gone."""
-    theirs, ours = _pair("gpt")
+    theirs, ours = pair("gpt")
     model = ours.module
-    _loss("gpt", ours, rank, 0).backward()
+    loss_of("gpt", ours, rank, 0).backward()
     ours.zero_grad()
     del ours
     again = dpmem.DataParallel(model)
     for wrapped in (theirs, again):
-        _loss("gpt", wrapped, rank, 1).backward()
-    expected, received = _gradients(theirs), _gradients(again)
+        loss_of("gpt", wrapped, rank, 1).backward()
+    expected, received = gradients(theirs), gradients(again)
     return [name for name in expected if not torch.equal(expected[name], received[name])]
 
 
@@ -362,9 +273,9 @@ def initial_state_is_rank_zeros(rank: int) -> tuple[float, float]:
 
 def bucket_memory(rank: int) -> tuple[int, int, int, bool]:
     """Bucket bytes planned, after backward, after zero_grad and a forward; are .grads in them?"""
-    wrapped = dpmem.DataParallel(_make("gpt"), bucket_cap_mb=0.02)
+    wrapped = dpmem.DataParallel(make("gpt"), bucket_cap_mb=0.02)
     planned = wrapped._gradients.plan.size_bytes
-    _loss("gpt", wrapped, rank, 0).backward()
+    loss_of("gpt", wrapped, rank, 0).backward()
     buckets = wrapped.owned_tensors()["bucket"]
     held = sum(t.untyped_storage().nbytes() for t in buckets)
     addresses = {t.untyped_storage().data_ptr() for t in buckets}
@@ -372,17 +283,17 @@ def bucket_memory(rank: int) -> tuple[int, int, int, bool]:
     del buckets
     wrapped.zero_grad()
     with torch.no_grad():
-        _loss("gpt", wrapped, rank, 0)
+        loss_of("gpt", wrapped, rank, 0)
     after = sum(t.untyped_storage().nbytes() for t in wrapped.owned_tensors()["bucket"])
     return planned, held, after, inside
 
 
 def edited_gradients_are_clipped(rank: int) -> tuple[float, float]:
     """(norm clipping saw, true norm) when the user edits a gradient between backward and step."""
-    model = _make("gpt")
+    model = make("gpt")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     wrapped, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=1.0)
-    _loss("gpt", wrapped, rank, 0).backward()
+    loss_of("gpt", wrapped, rank, 0).backward()
     model.head.weight.grad.mul_(3.0)
     expected = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     optimizer.step()
@@ -391,14 +302,14 @@ def edited_gradients_are_clipped(rank: int) -> tuple[float, float]:
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: int) -> None:
     for step in range(steps):
-        _loss(kind, model, dist.get_rank(), step).backward()
+        loss_of(kind, model, dist.get_rank(), step).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def fifty_steps(rank: int, kind: str, optimizer: str) -> float:
     """The largest relative difference of a parameter to DDP's after 50 steps."""
-    theirs, ours = _pair(kind)
+    theirs, ours = pair(kind)
     make = getattr(torch.optim, optimizer)
     for model in (theirs, ours):
         _train(model, make(model.parameters(), lr=1e-4), kind, 50)
@@ -410,15 +321,15 @@ def fifty_steps(rank: int, kind: str, optimizer: str) -> float:
 
 def ulps_per_step(rank: int, kind: str) -> float:
     """How far gradients are from DDP's from the same state, in ulps of each tensor's maximum."""
-    theirs, ours = _pair(kind, bucket_cap_mb=0.01)
+    theirs, ours = pair(kind, bucket_cap_mb=0.01)
     worst = 0.0
     for step in range(4):
         with torch.no_grad():
             for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
                 a.copy_(b)
         for model in (theirs, ours):
-            _loss(kind, model, rank, step).backward()
-        expected, received = _gradients(theirs), _gradients(ours)
+            loss_of(kind, model, rank, step).backward()
+        expected, received = gradients(theirs), gradients(ours)
         for name, want in expected.items():
             have = received[name]
             assert (want is None) == (have is None)
@@ -443,7 +354,7 @@ def bytes_held(rank: int, bucket_cap_mb: float) -> dict[str, int]:
 
     held = {}
     for name in ("ours", "DDP", "DDP with views"):
-        model = _make("gpt")
+        model = make("gpt")
         tracker = MemoryTracker(torch.device("cpu"), block_bytes=1)
         wrapped: nn.Module
         with tracker:
@@ -456,7 +367,7 @@ def bytes_held(rank: int, bucket_cap_mb: float) -> dict[str, int]:
                     model, bucket_cap_mb=bucket_cap_mb, gradient_as_bucket_view="views" in name
                 )
             for step in range(3):
-                _loss("gpt", wrapped, rank, step).backward()
+                loss_of("gpt", wrapped, rank, step).backward()
                 if step < 2:
                     wrapped.zero_grad()
         storages = {}
