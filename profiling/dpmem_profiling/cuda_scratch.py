@@ -1,7 +1,11 @@
 """What CUDA's operators allocate beside their results: rules, each with its source.
 
 Workspaces of cuBLAS stay allocated, one for each thread that multiplies matrices (the caller's and
-autograd's). Everything else is given back when the operator returns.
+autograd's). Everything else is given back when the operator returns. What cuDNN takes for a
+convolution is its own decision, so it is an interval: from nothing to what can be said at most.
+
+Not here: the partial sums of layer_norm's backward, which are 4 MiB each at most
+(layer_norm_kernel.cu), and the tables of offsets and the sort's own memory in embedding's.
 """
 
 from __future__ import annotations
@@ -10,6 +14,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from dpmem_profiling.tracker import Scratch
 
 _aten = torch.ops.aten
 _MATRIX_PRODUCTS = {
@@ -33,23 +40,25 @@ class CudaScratch:
         self._cublas_workspace_bytes = cublas_workspace_bytes
         self._threads: set[bool] = set()
 
-    def __call__(self, func: Any, args: Any, result: Any) -> Iterator[tuple[int, bool]]:
-        """The allocations of one operator: bytes, and whether they stay."""
+    def __call__(self, func: Any, args: Any, result: Any) -> Iterator[Scratch]:
+        """The allocations of one operator."""
         if func in _MATRIX_PRODUCTS:
             yield from self._cublas()
-        elif rule := _RULES.get(func):
-            for size_bytes in rule(args, result):
-                yield size_bytes, False
+        elif rule := _PASSING.get(func):
+            for size_bytes in rule(args):
+                yield Scratch(size_bytes, "passes")
+        elif possible := _POSSIBLE.get(func):
+            yield Scratch(max(possible(args, result), default=0), "is possible")
 
-    def _cublas(self) -> Iterator[tuple[int, bool]]:
+    def _cublas(self) -> Iterator[Scratch]:
         """aten/src/ATen/cuda/CublasHandlePool.cpp: one workspace for each thread's handle."""
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward not in self._threads:
             self._threads.add(in_backward)
-            yield self._cublas_workspace_bytes, True
+            yield Scratch(self._cublas_workspace_bytes, "stays")
 
 
-def _efficient_attention_backward(args: Any, result: Any) -> Iterator[int]:
+def _efficient_attention_backward(args: Any) -> Iterator[int]:
     """attention_backward.cu: delta, (grad_out * out).sum(-1), where its kernel does not."""
     grad_out = args[0]
     if grad_out.dtype == torch.float32:
@@ -57,6 +66,62 @@ def _efficient_attention_backward(args: Any, result: Any) -> Iterator[int]:
         yield grad_out.numel() // max(grad_out.shape[-1], 1) * 4
 
 
-_RULES = {
+def _embedding_backward(args: Any) -> Iterator[int]:
+    """Embedding.cu and EmbeddingBackwardKernel.cu: indices sorted, where they came from, and
+    partial sums, one for each index that occurs and one for every 10 indices.
+
+    Each index is taken to occur once. Up to 3072 indices need none of this; it is counted for them
+    too, so that all batches allocate alike.
+    """
+    grad_out, indices, num_weights, _, _ = args
+    sorted_bytes = indices.numel() * indices.element_size()
+    yield sorted_bytes
+    yield sorted_bytes
+    rows = indices.numel() // 10 + min(indices.numel(), num_weights)
+    yield rows * grad_out.shape[-1] * 4
+
+
+def _convolution(args: Any, result: Any) -> Iterator[int]:
+    x, weight, transposed, groups = args[0], args[1], args[6], args[8]
+    if not _is_depthwise(x, transposed, groups):
+        yield _copies(x, weight, result)
+
+
+def _convolution_backward(args: Any, result: Any) -> Iterator[int]:
+    grad_out, x, weight = args[:3]
+    transposed, groups = args[7], args[9]
+    grad_x, grad_weight, _ = result
+    if not _is_depthwise(x, transposed, groups):
+        if grad_x is not None:
+            yield _copies(grad_out, weight, grad_x)
+        if grad_weight is not None:
+            yield _copies(grad_out, x, grad_weight)
+
+
+def _is_depthwise(x: Tensor, transposed: bool, groups: int) -> bool:
+    """Those run on a kernel of PyTorch (Convolution.cpp, use_cudnn_depthwise)."""
+    return not transposed and groups == x.shape[1] > 1
+
+
+def _copies(*operands: Tensor) -> int:
+    """What a cuDNN kernel for tensor cores takes where its operands are not channels_last: copies
+    that are (NVIDIA's guide to convolutional layers, on tensor layouts).
+
+    Winograd and FFT may take more, where there is more: Conv_v8.cpp, try_plans, goes on to the next
+    kernel when the allocator refuses a workspace.
+    """
+    return sum(
+        operand.numel() * operand.element_size()
+        for operand in operands
+        if operand.shape[1] > 1 and operand.stride(1) > 1
+    )
+
+
+_PASSING = {
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_attention_backward,
+    _aten.embedding_dense_backward.default: _embedding_backward,
+}
+_POSSIBLE = {
+    _aten.convolution.default: _convolution,
+    _aten.convolution_backward.default: _convolution_backward,
 }

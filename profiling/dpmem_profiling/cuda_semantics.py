@@ -8,13 +8,14 @@ Fake *cuda* tensors need a CUDA build of torch, so a step is traced on fake CPU 
   (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
 - autocast follows CUDA's lists of operators (aten/src/ATen/autocast_mode.h), also where the code
   says torch.autocast("cuda"), which without CUDA would disable itself
-- optimizers take their foreach path by default (torch/optim/optimizer.py)
+- optimizers take their foreach path by default, and may be capturable (torch/optim/optimizer.py)
 
 The rules are registered with torch's dispatcher for the length of the block, for every thread.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -76,13 +77,30 @@ def cuda_semantics(architecture: Architecture | None) -> Iterator[None]:
             library.impl("scaled_dot_product_attention", _attention(architecture), "AutogradCPU")
             _register_autocast(library)
         undo.enter_context(_autocast_cuda_as_cpu())
-        # torch.optim deletes the module's name from its own.
-        optimizers = import_module("torch.optim.optimizer")
-        name = "_get_foreach_kernels_supported_devices"
-        devices = [*getattr(optimizers, name)(), "cpu"]
-        undo.enter_context(mock.patch.object(optimizers, name, return_value=devices))
-        types = [*optimizers._foreach_supported_types, FakeTensor]
+        undo.enter_context(_optimizers_as_on_cuda())
+        yield
+
+
+@contextmanager
+def _optimizers_as_on_cuda() -> Iterator[None]:
+    # torch.optim deletes the modules' names from its own.
+    optimizers = import_module("torch.optim.optimizer")
+    foreach, capturable = (
+        f"_get_{what}_supported_devices" for what in ("foreach_kernels", "capturable")
+    )
+    devices = [*getattr(optimizers, foreach)(), "cpu"]
+    types = [*optimizers._foreach_supported_types, FakeTensor]
+    # Each optimizer's module has imported the second by name.
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("torch.optim.") and hasattr(module, capturable)
+    ]
+    with ExitStack() as undo:
+        undo.enter_context(mock.patch.object(optimizers, foreach, return_value=devices))
         undo.enter_context(mock.patch.object(optimizers, "_foreach_supported_types", types))
+        for module in modules:
+            undo.enter_context(mock.patch.object(module, capturable, return_value=devices))
         yield
 
 

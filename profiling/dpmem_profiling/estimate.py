@@ -52,6 +52,10 @@ class Estimate:
                           ASSUMED_CONTEXT_BYTES are in total_bytes
     total_bytes           reserved and context together: what the GPU must give
     low_bytes high_bytes  the band around total_bytes
+    convolution_workspace_bytes
+                          what cuDNN may take beyond total_bytes, at least and at most. It takes
+                          less where memory is short, so `fits` and largest_batch leave it out.
+                          None where it is not known, for want of cuDNN
     fits                  whether total_bytes is within the GPU's memory; None where that is unknown
     breakdown             bytes by category at the allocated peak; they sum to it
     at_peak               the largest tensors alive then
@@ -69,6 +73,7 @@ class Estimate:
     total_bytes: int
     low_bytes: int
     high_bytes: int
+    convolution_workspace_bytes: tuple[int, int] | None
     fits: bool | None
     breakdown: Mapping[Category, int]
     at_peak: tuple[TensorAtPeak, ...]
@@ -215,6 +220,14 @@ class Forecast:
                 f"The allocator gives its cache back {peaks.retries} times to stay within the "
                 "memory: it fits, but each time stalls the GPU. A smaller batch is faster."
             )
+        workspace_bytes = self._convolution_workspace_bytes(traced, gpu)
+        if workspace_bytes is None:
+            notes.append("unknown: workspaces of convolutions on a GPU without cuDNN.")
+        elif workspace_bytes[1]:
+            notes.append(
+                f"Convolutions may take up to {format_bytes(workspace_bytes[1])} more, where cuDNN "
+                "chooses kernels that copy their operands (it has others where memory is short)."
+            )
         if context_bytes is None:
             notes.append(
                 f"Where the CUDA context is not known, {format_bytes(outside_bytes)} are counted."
@@ -234,6 +247,7 @@ class Forecast:
             total_bytes=reserved_bytes + outside_bytes,
             low_bytes=_lower(reserved_bytes) + outside_bytes,
             high_bytes=_upper(reserved_bytes) + outside_bytes,
+            convolution_workspace_bytes=workspace_bytes,
             fits=peaks.reserved_bytes is not None,
             breakdown=replayed.at_peak,
             at_peak=largest_at_peak(
@@ -242,6 +256,18 @@ class Forecast:
             largest_batch=largest_batch,
             notes=tuple(notes),
         )
+
+    def _convolution_workspace_bytes(self, traced: Trace, gpu: Gpu) -> tuple[int, int] | None:
+        """By how much they raise the peak of the allocator's cache, at least and at most."""
+        if not traced.possible:
+            return 0, 0
+        if gpu.architecture is None:
+            return None
+        peaks = replay_allocations(traced, self._settings, None, with_possible=True)
+        assert peaks.reserved_bytes is not None, "memory without end does not run out"
+        without_bytes = self.reserved_bytes(traced.batch_size, gpu)
+        # Where the cache has room for them they cost nothing, and its blocks may even fall better.
+        return 0, max(peaks.reserved_bytes - without_bytes, 0)
 
     def record(self, batch_size: int, gpu: Gpu) -> MemoryRecord:
         """The last traced step as a record, for reports; its notes give the band."""
@@ -293,14 +319,24 @@ def replay_trace(traced: Trace) -> Replay:
 
 
 def replay_allocations(
-    traced: Trace, settings: AllocatorSettings, capacity_bytes: int | None
+    traced: Trace,
+    settings: AllocatorSettings,
+    capacity_bytes: int | None,
+    *,
+    with_possible: bool = False,
 ) -> Peaks:
-    """Run a trace through the caching allocator's model; `capacity_bytes` None has no end."""
+    """Run a trace through the caching allocator's model; `capacity_bytes` None has no end.
+
+    with_possible  cuDNN takes every workspace that it may take
+    """
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
     sizes: dict[int, int] = {}
     addresses: dict[int, int] = {}
+    possible = dict(traced.possible) if with_possible else {}
     try:
-        for change in traced.changes:
+        for index, change in enumerate(traced.changes):
+            if workspace_bytes := possible.get(index):
+                allocator.free(allocator.malloc(workspace_bytes))
             number = change.storage
             if number is None:
                 continue

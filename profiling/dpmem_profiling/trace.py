@@ -8,10 +8,11 @@ also measures real steps. What CUDA does differently from the CPU is in `cuda_se
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     _BypassDispatchCache,
 )
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -43,6 +45,8 @@ from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
 STEPS = 2
 
 _CPU = torch.device("cpu")
+# What is patched while a step is traced is patched for all threads.
+_ONE_AT_A_TIME = RLock()
 
 
 class Untraceable(ValueError):  # noqa: N818 - reads as what it is
@@ -78,6 +82,8 @@ class Trace:
     changes      gains and losses of the storages in the bytes that were asked for, in order, and
                  the edges of phases
     step_starts  index into `changes` where each step begins; what is before is building
+    possible     workspaces that cuDNN may take for a moment and need not: index into `changes`, and
+                 bytes at most
     notes        sentences a reader needs to judge the figures
     """
 
@@ -87,6 +93,7 @@ class Trace:
     categories: tuple[Category, ...]
     changes: tuple[Change, ...]
     step_starts: tuple[int, ...]
+    possible: tuple[tuple[int, int], ...]
     notes: tuple[str, ...]
 
 
@@ -95,25 +102,33 @@ def between(low: Trace, high: Trace, batch_size: int) -> Trace | None:
 
     Where both made the same allocations in the same order, every size is a line in the batch: a
     constant for what the model holds, a multiple for what the samples need. None where they did
-    not, or where a size is no such line.
+    not, or where a size is no such line; a workspace may be one to a rounding.
     """
-    if len(low.changes) != len(high.changes):
+    if len(low.changes) != len(high.changes) or len(low.possible) != len(high.possible):
         return None
     span = high.batch_size - low.batch_size
     steps = batch_size - low.batch_size
     changes = []
     sizes: Counter[int] = Counter()
     for one, other in zip(low.changes, high.changes, strict=True):
-        slope, rest = divmod(other.delta_bytes - one.delta_bytes, span)
-        if (one.phase, one.storage) != (other.phase, other.storage) or rest:
+        if (one.phase, one.storage) != (other.phase, other.storage):
             return None
-        delta_bytes = one.delta_bytes + slope * steps
-        changes.append(one._replace(delta_bytes=delta_bytes))
+        gain_bytes = other.delta_bytes - one.delta_bytes
+        if gain_bytes % span and low.categories[one.storage or 0] != "workspace":
+            return None
+        # Towards zero: what is released is what was taken.
+        delta_bytes = one.delta_bytes + int(gain_bytes * steps / span)
         if one.storage is not None:
             sizes[one.storage] += delta_bytes
             if sizes[one.storage] < 0:
                 return None
-    return replace(low, batch_size=batch_size, changes=tuple(changes))
+        changes.append(one._replace(delta_bytes=delta_bytes))
+    possible = []
+    for (index, least_bytes), (same, most_bytes) in zip(low.possible, high.possible, strict=True):
+        if index != same:
+            return None
+        possible.append((index, least_bytes + (most_bytes - least_bytes) * steps // span))
+    return replace(low, batch_size=batch_size, changes=tuple(changes), possible=tuple(possible))
 
 
 def trace(
@@ -131,6 +146,8 @@ def trace(
     owned    as for `measure`
     around   entered while the job is built and runs: a fake process group, say
 
+    Several threads may trace, one after the other; none may use torch otherwise meanwhile.
+
     Raises InvalidJob where a factory of the job breaks its promise, Untraceable where its step
     needs data, and whatever the job raises.
     """
@@ -141,7 +158,7 @@ def trace(
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     stand_in, in_place = StandIn(tracker), InPlaceGradients()
-    with torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
+    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
         model = _fake_model(job, mode).train()
         with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
             with tracker.paused():
@@ -158,19 +175,40 @@ def trace(
                 for _ in range(steps):
                     starts.append(len(tracker.changes))
                     stepper.step(lambda: _fake_batch(job, batch_size, mode, tracker))
+            elsewhere = set() if kernels is None else _on_the_host(built.optimizer, tracker)
     return Trace(
         name=job.name,
         batch_size=batch_size,
         storages=tuple(tracker.storages),
         categories=tuple(map(attribution.category_of, range(len(tracker.storages)))),
-        changes=_releases_in_order(tracker.changes),
+        changes=_releases_in_order(
+            change if change.storage not in elsewhere else change._replace(delta_bytes=0)
+            for change in tracker.changes
+        ),
         step_starts=tuple(starts),
+        possible=tuple(tracker.possible),
         notes=(
             *stand_in.notes(),
             *_compiled(built.model),
             *(() if kernels is None else _recurrent(built.model)),
         ),
     )
+
+
+def _on_the_host(optimizer: Optimizer | None, tracker: MemoryTracker) -> set[int]:
+    """An optimizer's counters of steps, by number, where they are not on the device.
+
+    Source: _init_group of each optimizer, such as torch/optim/adam.py.
+    """
+    if optimizer is None:
+        return set()
+    counters = (
+        optimizer.state.get(parameter, {}).get("step")
+        for group in optimizer.param_groups
+        if not (group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]
+    )
+    return {n for counter in counters if isinstance(counter, Tensor) for n in tracker.see(counter)}
 
 
 def _compiled(model: nn.Module) -> tuple[str, ...]:
@@ -200,7 +238,7 @@ def _recurrent(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _releases_in_order(changes: Sequence[Change]) -> tuple[Change, ...]:
+def _releases_in_order(changes: Iterable[Change]) -> tuple[Change, ...]:
     """The changes, with releases that follow each other by the storages' numbers.
 
     What goes at once goes in any order: autocast's cache empties by address. One order makes traces

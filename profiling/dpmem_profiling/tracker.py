@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,9 +80,16 @@ class StorageInfo:
     op: str | None
 
 
-# (operator, arguments, result) -> what the operator allocates beside its results: bytes, and
-# whether that stays allocated afterwards.
-Scratch = Callable[[Any, Any, Any], Iterable[tuple[int, bool]]]
+class Scratch(NamedTuple):
+    """What an operator allocates beside its results: it stays, passes when the operator returns,
+    or passes and need not have been there."""
+
+    size_bytes: int
+    what: Literal["stays", "passes", "is possible"]
+
+
+# (operator, arguments, result) -> its scratch
+ScratchOf = Callable[[Any, Any, Any], Iterable[Scratch]]
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -95,7 +102,8 @@ class MemoryTracker(TorchDispatchMode):
 
     Inside the block any operator raises MemoryLimitExceeded when the live bytes are more than
     `limit_bytes`. `scratch` tells of memory that operators take for themselves, where that is
-    known; its numbers are in `workspaces`.
+    known; its numbers are in `workspaces`. What is only possible is no change: `possible` has its
+    bytes, beside the number of changes before it.
     """
 
     def __init__(
@@ -104,7 +112,7 @@ class MemoryTracker(TorchDispatchMode):
         *,
         block_bytes: int,
         limit_bytes: int | None = None,
-        scratch: Scratch | None = None,
+        scratch: ScratchOf | None = None,
     ) -> None:
         super().__init__()
         self.device = device
@@ -112,6 +120,7 @@ class MemoryTracker(TorchDispatchMode):
         self.limit_bytes = limit_bytes
         self.scratch = scratch
         self.workspaces: set[int] = set()
+        self.possible: list[tuple[int, int]] = []
         self.storages: list[StorageInfo] = []
         self.changes: list[Change] = []
         self.live_bytes = 0
@@ -148,19 +157,25 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if self._paused:
             return result
-        passing = [] if self.scratch is None else self._scratch(self.scratch, func, args, result)
+        scratch = () if self.scratch is None else tuple(self.scratch(func, args, result))
+        passing = self._take(scratch, func)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not self._is_foreign(leaf, (args, kwargs)):
                 self._see(leaf, func)
+        for item in scratch:
+            if item.what == "is possible":
+                self.possible.append((len(self.changes), item.size_bytes))
         for number in passing:
             self._resize(number, 0)
         self._check_limit(func)
         return result
 
-    def _scratch(self, scratch: Scratch, func: Any, args: Any, result: Any) -> list[int]:
+    def _take(self, scratch: Iterable[Scratch], func: Any) -> list[int]:
         """Register what an operator takes beside its results; return what it gives back after."""
         passing = []
-        for size_bytes, stays in scratch(func, args, result):
+        for size_bytes, what in scratch:
+            if what == "is possible":
+                continue
             number = len(self.storages)
             self.storages.append(
                 StorageInfo(
@@ -174,7 +189,7 @@ class MemoryTracker(TorchDispatchMode):
             )
             self.workspaces.add(number)
             self._resize(number, size_bytes)
-            if not stays:
+            if what == "passes":
                 passing.append(number)
         return passing
 

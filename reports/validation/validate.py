@@ -44,13 +44,15 @@ POSITIONS: tuple[ZeroGrad, ...] = ("start", "before_backward")
 class Forecasted:
     """One run and its forecasts, the first of which is the one that counts.
 
-    reserved_bytes  by the position of zero_grad; None where the card is too small
-    retries         how often the allocator gave its cache back, likewise
+    reserved_bytes   by the position of zero_grad; None where the card is too small
+    retries          how often the allocator gave its cache back, likewise
+    workspace_bytes  what cuDNN's workspaces for convolutions would add at most
     """
 
     row: Row
     reserved_bytes: dict[str, int | None]
     retries: dict[str, int]
+    workspace_bytes: int
 
     def error(self, position: ZeroGrad = "start") -> float:
         """(forecast - measured) / measured."""
@@ -77,8 +79,15 @@ def forecast(row: Row) -> Forecasted:
         capacity_bytes = card.total_bytes - (card.context_bytes or ASSUMED_CONTEXT_BYTES)
         peaks = replay_allocations(traced, AllocatorSettings(), capacity_bytes)
         reserved_bytes[position], retries[position] = peaks.reserved_bytes, peaks.retries
+    without, with_all = (
+        replay_allocations(traced, AllocatorSettings(), None, with_possible=possible)
+        for possible in (False, True)
+    )
+    assert without.reserved_bytes is not None
+    assert with_all.reserved_bytes is not None
+    workspace_bytes = max(with_all.reserved_bytes - without.reserved_bytes, 0)
     print(row.model, row.optimizer, row.batch_size, reserved_bytes, flush=True)
-    return Forecasted(row, reserved_bytes, retries)
+    return Forecasted(row, reserved_bytes, retries, workspace_bytes)
 
 
 def main() -> None:
@@ -131,9 +140,11 @@ def table(forecasts: list[Forecasted]) -> list[str]:
         "",
         *fits_lines(forecasts),
         "",
+        workspaces_line(quiet),
+        "",
         "| model | optimizer | batch | GPU | measured MiB | forecast MiB | error | retries | "
-        "before_backward | xMem | DNNMem |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "before_backward | cuDNN at most MiB | xMem | DNNMem |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for item in forecasts:
         if item.row.measured_bytes is not None:
@@ -170,6 +181,25 @@ def fits_lines(forecasts: list[Forecasted]) -> list[str]:
             wrong.append(f"{item.row.model} {item.row.optimizer} batch {item.row.batch_size}")
     share = f"{len(wrong)} of {len(forecasts)} ({100 * len(wrong) / len(forecasts):.0f}%)"
     return [f"“Fits” said wrongly at the run's own card: {share}.", *[f"- {row}" for row in wrong]]
+
+
+def workspaces_line(items: list[Forecasted]) -> str:
+    """Where in their interval the workspaces of cuDNN were, as the peaks tell."""
+    may = [
+        (item.error(), item.workspace_bytes / item.row.measured_bytes)
+        for item in items
+        if item.workspace_bytes and item.row.measured_bytes is not None
+    ]
+    shares = sorted(share for _, share in may)
+    errors = (
+        statistics.median(abs(error + part * share) for error, share in may) for part in (0, 0.5, 1)
+    )
+    none, half, whole = (f"{100 * error:.1f}%" for error in errors)
+    return (
+        f"Workspaces of cuDNN may add to {len(may)} of the rows not named noisy, up to "
+        f"{100 * shares[-1]:.0f}% (median {100 * statistics.median(shares):.0f}%). Their median "
+        f"error is {none} if none of this is taken, {half} if half is, {whole} if all is."
+    )
 
 
 def scatter(items: list[Forecasted], path: Path) -> None:
@@ -239,6 +269,7 @@ def _row_line(item: Forecasted) -> str:
         f"{100 * item.error():+.1f}%",
         str(item.retries["start"]),
         f"{100 * item.error('before_backward'):+.1f}%",
+        f"{item.workspace_bytes / 2**20:.0f}",
         *peers,
     ]
     return f"| {' | '.join(cells)} |"

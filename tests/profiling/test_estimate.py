@@ -69,6 +69,32 @@ def test_an_unknown_context_is_none_and_said() -> None:
     assert "context is not known" in estimate.notes[0]
 
 
+def test_workspaces_of_convolutions_are_an_interval_beside_the_total() -> None:
+    def images(n: int) -> Tensor:
+        return torch.randn(n, 64, 64, 64)
+
+    def total(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).sum()
+
+    job = Job(lambda: nn.Conv2d(64, 64, 3, padding=1), images, total, name="conv")
+    plain = Forecast(job).estimate(8, gpu(1 << 30))
+    # Copies of the input and of the output, 8 MiB each, beside both.
+    assert plain.convolution_workspace_bytes is not None
+    least_bytes, most_bytes = plain.convolution_workspace_bytes
+    assert least_bytes == 0
+    assert 16 * MIB <= most_bytes < 20 * MIB
+    assert any("Convolutions may take up to" in note for note in plain.notes)
+    # They are beside the total, and what fits does not depend on them.
+    assert plain.total_bytes == plain.peak_reserved_bytes
+    tight = Forecast(job).estimate(8, gpu(plain.total_bytes))
+    assert tight.fits
+    assert tight.convolution_workspace_bytes == plain.convolution_workspace_bytes
+    without_cudnn = Forecast(job).estimate(8, gpu(1 << 30, architecture=None))
+    assert without_cudnn.convolution_workspace_bytes is None
+    assert any(note.startswith("unknown: workspaces") for note in without_cudnn.notes)
+    assert Forecast(JOB).estimate(8, gpu(1 << 30)).convolution_workspace_bytes == (0, 0)
+
+
 def test_the_largest_batch_is_the_last_that_fits() -> None:
     forecast = Forecast(JOB)
     for room_mib in (60, 100, 333):

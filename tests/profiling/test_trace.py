@@ -1,6 +1,7 @@
 """A traced step against the same step measured, and against what CUDA is known to do."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -246,6 +247,43 @@ def test_nothing_is_left_behind() -> None:
     trace(RESIDUAL, 4, GPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "counted"),
+    [
+        (lambda p: torch.optim.AdamW(p), 2),
+        (lambda p: torch.optim.AdamW(p, capturable=True), 3),
+        (lambda p: torch.optim.AdamW(p, fused=True), 3),
+        (lambda p: torch.optim.Adagrad(p), 1),
+        (lambda p: torch.optim.RMSprop(p), 1),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+    ],
+    ids=["AdamW", "capturable", "fused", "Adagrad", "RMSprop", "SGD"],
+)
+def test_counters_of_steps_are_on_the_host_where_they_are(
+    optimizer: Callable[[Any], torch.optim.Optimizer], counted: int
+) -> None:
+    traced = trace(replace(RESIDUAL, optimizer=optimizer), 4, GPU)
+    gained = [
+        change.storage
+        for change in traced.changes
+        if change.delta_bytes > 0
+        and change.storage is not None
+        and traced.categories[change.storage] == "optimizer_state"
+    ]
+    # Two layers with weight and bias.
+    assert len(gained) == 4 * counted
+
+
+def test_several_threads_may_trace() -> None:
+    alone = [trace(RESIDUAL, n, GPU) for n in range(2, 8)]
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda n: trace(RESIDUAL, n, GPU), range(2, 8)))
+    for one, other in zip(alone, together, strict=True):
+        assert one.storages == other.storages
+        assert one.categories == other.categories
+        assert [change[1:] for change in one.changes] == [change[1:] for change in other.changes]
 
 
 def test_an_expanded_input_arrives_at_its_full_size() -> None:

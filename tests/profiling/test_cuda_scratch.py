@@ -1,0 +1,123 @@
+"""What CUDA's operators take beside their results: each rule at sizes worked out by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpmem_profiling import Job
+from dpmem_profiling.trace import Kernels, Trace, between, trace
+
+KERNELS = Kernels(architecture=(8, 6), cublas_workspace_bytes=512)
+FLOAT_BYTES = 4
+
+
+def traced(
+    model: Callable[[], nn.Module], n: int, batch: Callable[[int], Tensor], steps: int = 1
+) -> Trace:
+    def loss(model: nn.Module, batch: Tensor) -> Any:
+        return model(batch).square().mean()
+
+    return trace(Job(model, batch, loss, name="layer"), n, KERNELS, steps=steps)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 6, 10, 10)
+
+
+def test_a_convolution_may_copy_what_is_not_channels_last() -> None:
+    possible = traced(lambda: nn.Conv2d(6, 9, 3), 5, images).possible
+    x, weight, out = 5 * 6 * 10 * 10, 9 * 6 * 3 * 3, 5 * 9 * 8 * 8
+    # Forward reads x and weight; backward, of an input without gradient, the output's and x.
+    assert [size_bytes for _, size_bytes in possible] == [FLOAT_BYTES * (x + weight + out)] * 2
+
+
+def test_the_larger_of_two_gradients_of_a_convolution_counts() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.Conv2d(6, 100, 3, bias=False))
+
+    possible = traced(model, 2, images).possible
+    x, weight, out = 2 * 6 * 10 * 10, 100 * 6 * 3 * 3, 2 * 100 * 8 * 8
+    # A weight of 1x1 is channels_last as it is. Backward goes from the last layer to the first.
+    assert [size_bytes for _, size_bytes in possible] == [
+        FLOAT_BYTES * 2 * x,
+        FLOAT_BYTES * (x + weight + out),
+        FLOAT_BYTES * (x + weight + out),
+        FLOAT_BYTES * 2 * x,
+    ]
+
+
+def test_a_depthwise_convolution_is_not_cudnns() -> None:
+    possible = traced(lambda: nn.Conv2d(6, 12, 3, groups=6), 5, images).possible
+    assert [size_bytes for _, size_bytes in possible] == [0, 0]
+
+
+def test_channels_last_needs_no_copies() -> None:
+    def model() -> nn.Module:
+        layers = nn.Sequential(nn.Conv2d(6, 9, 3), nn.Conv2d(9, 5, 3))
+        return layers.to(memory_format=torch.channels_last)
+
+    possible = traced(model, 5, lambda n: images(n).to(memory_format=torch.channels_last)).possible
+    # The loss gives its gradient in another layout: one copy.
+    grad_out = 5 * 5 * 6 * 6
+    assert [size_bytes for _, size_bytes in possible] == [0, 0, FLOAT_BYTES * grad_out, 0]
+
+
+def test_one_channel_is_not_depthwise() -> None:
+    possible = traced(lambda: nn.Conv2d(1, 4, 3), 5, lambda n: torch.randn(n, 1, 10, 10)).possible
+    # x and weight have one channel and any layout; the output is copied.
+    assert [size_bytes for _, size_bytes in possible] == [FLOAT_BYTES * 5 * 4 * 8 * 8] * 2
+
+
+def test_possible_workspaces_are_lines_in_the_batch() -> None:
+    def model() -> nn.Module:
+        return nn.Conv2d(6, 9, 3)
+
+    low, high = traced(model, 3, images, 2), traced(model, 10, images, 2)
+    for n in (3, 4, 9, 50):
+        made = between(low, high, n)
+        assert made is not None
+        assert made.possible == traced(model, n, images, 2).possible
+
+
+def tokens(n: int) -> Tensor:
+    return torch.zeros(n, 33, dtype=torch.long)
+
+
+def workspaces(made: Trace) -> list[int]:
+    return [
+        change.delta_bytes
+        for change in made.changes
+        if change.storage is not None
+        and made.categories[change.storage] == "workspace"
+        and change.delta_bytes > 0
+    ]
+
+
+def test_an_embedding_sorts_its_indices_and_sums_in_parts() -> None:
+    n = 7 * 33
+    made = traced(lambda: nn.Embedding(100_000, 16), 7, tokens)
+    assert workspaces(made) == [8 * n, 8 * n, (n // 10 + n) * 16 * FLOAT_BYTES]
+    # Where few rows are looked up often, as many sums as rows.
+    made = traced(lambda: nn.Embedding(50, 16), 7, tokens)
+    assert workspaces(made) == [8 * n, 8 * n, (n // 10 + 50) * 16 * FLOAT_BYTES]
+
+
+def test_partial_sums_are_a_line_to_a_row() -> None:
+    def model() -> nn.Module:
+        return nn.Embedding(100_000, 16)
+
+    low, high = traced(model, 3, tokens, 2), traced(model, 10, tokens, 2)
+    for n in (4, 9, 50):
+        made = between(low, high, n)
+        assert made is not None
+        real = traced(model, n, tokens, 2)
+        differences = [
+            abs(a.delta_bytes - b.delta_bytes)
+            for a, b in zip(made.changes, real.changes, strict=True)
+        ]
+        assert 0 < max(differences) <= 10 * 16 * FLOAT_BYTES
+        assert sum(change.delta_bytes for change in made.changes) == sum(
+            change.delta_bytes for change in real.changes
+        )
