@@ -260,7 +260,7 @@ def _fake_model(job: Job, mode: FakeTensorMode) -> nn.Module:
     tensors: those are built for real, but without the random numbers of weights.
     """
     try:
-        with mode, _fake_parameters_may_be_cast():
+        with mode, _fake_parameters_may_be_cast(), _nothing_is_rejected():
             return build_model(job)
     except (DataDependentOutputException, DynamicOutputShapeException):
         with _MeansForRandomNumbers():
@@ -290,6 +290,17 @@ class _MeansForRandomNumbers(TorchDispatchMode):
         if func is torch.ops.aten.normal_.default:
             return args[0].fill_(args[1] if len(args) > 1 else 0.0)
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _nothing_is_rejected() -> Iterator[None]:
+    """Let a truncated normal distribution, which rejects by value, leave weights as they are."""
+
+    def leave(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor
+
+    with mock.patch.object(nn.init, "_no_grad_trunc_normal_", leave):
+        yield
 
 
 @contextmanager

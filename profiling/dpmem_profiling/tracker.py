@@ -159,9 +159,17 @@ class MemoryTracker(TorchDispatchMode):
             return result
         scratch = () if self.scratch is None else tuple(self.scratch(func, args, result))
         passing = self._take(scratch, func)
+        before: set[int] | None = None
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not self._is_foreign(leaf, (args, kwargs)):
-                self._see(leaf, func)
+            if not isinstance(leaf, Tensor):
+                continue
+            if self._is_new(leaf):
+                # Lists of hundreds of tensors are looked through once.
+                before = _storages_of((args, kwargs)) if before is None else before
+                if id(leaf.untyped_storage()) in before:
+                    # A view of memory from before the tracker, such as a data set's.
+                    continue
+            self._see(leaf, func)
         for item in scratch:
             if item.what == "is possible":
                 self.possible.append((len(self.changes), item.size_bytes))
@@ -224,21 +232,13 @@ class MemoryTracker(TorchDispatchMode):
         self.phase = phase
         self.changes.append(Change(perf_counter(), phase, None, 0))
 
-    def _is_foreign(self, result: Tensor, arguments: Any) -> bool:
-        """True for a view of memory from before the tracker, such as a data set's."""
+    def _is_new(self, result: Tensor) -> bool:
+        """True of a plain tensor whose storage has no number."""
         if is_traceable_wrapper_subclass(result) or result.layout is not torch.strided:
             return False
         storage = result.untyped_storage()
         entry = self._live.get(id(storage))
-        if entry is not None and entry[0]() is storage:
-            return False
-        return any(
-            isinstance(leaf, Tensor)
-            and leaf.layout is torch.strided
-            and not is_traceable_wrapper_subclass(leaf)
-            and leaf.untyped_storage() is storage
-            for leaf in tree_leaves(arguments)
-        )
+        return entry is None or entry[0]() is not storage
 
     def _see(self, tensor: Tensor, func: Any) -> list[int]:
         numbers = []
@@ -321,6 +321,17 @@ class MemoryTracker(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+
+def _storages_of(arguments: Any) -> set[int]:
+    """The ids of the storages' Python objects, which live as long as the arguments."""
+    return {
+        id(leaf.untyped_storage())
+        for leaf in tree_leaves(arguments)
+        if isinstance(leaf, Tensor)
+        and leaf.layout is torch.strided
+        and not is_traceable_wrapper_subclass(leaf)
+    }
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

@@ -222,6 +222,21 @@ def test_what_is_built_for_real_takes_no_random_numbers(fill: Callable[[Tensor],
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_truncated_normal_needs_no_data() -> None:
+    built = []
+
+    def make_model() -> nn.Module:
+        layer = nn.Linear(8, 8)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        built.append(type(layer.weight.data))
+        return layer
+
+    job = Job(make_model, lambda n: torch.randn(n, 8), lambda model, batch: model(batch).sum())
+    assert trace(job, 2, GPU).changes
+    assert len(built) == 1
+    assert built[0] is not Tensor
+
+
 def test_a_model_may_be_cast_while_it_is_built() -> None:
     def bare() -> nn.Module:
         model = Residual()
