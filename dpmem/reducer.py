@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dpmem.agreements import order_of_first_rank, used_on_some_rank
 from dpmem.backward import NO_BACKWARD, AtTheEnd, is_whole_backward, running_backward
+from dpmem.backward_collectives import order_of_first_rank, used_on_some_rank
 from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dtype
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
