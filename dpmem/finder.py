@@ -1,12 +1,13 @@
 """`find_batch_size`: the search over a job, over a step, or over a run that is under way.
 
 All three are one: a run under way is a job whose factories return what is there, within a block
-that puts it back. Where the GPU is not here the probe is a forecast; where there are many ranks the
-probe is what they all say of it.
+that puts it back. Where the GPU is not here the probe is a forecast; where it is here a job's
+forecast proposes what to probe; where there are many ranks the probe is what they all say of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpmem.agreement import Ranks
+from dpmem.expected import Expected
 from dpmem.explain import explain_too_small
 from dpmem.forecast import forecast_of
 from dpmem.growth import note_of_a_leak, refuse_a_constant_step
@@ -135,7 +137,11 @@ def find_batch_size(
             room = own(budget_bytes, device)
         else:
             room = min(ranks.all_say(lambda: _room_here(budget_bytes, device)))
-        probe = _Prober(job, device, room, [*held, *state], ranks, isolate)
+        expected = None
+        if device.type == "cuda" and isinstance(target, Job) and ranks is None and not isolate:
+            # What lives already is no fake; elsewhere no context of CUDA is to be made here.
+            expected = Expected(job, device)
+        probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected)
         tried = Tried(probe, on_probe)
         result = search_within(
             tried,
@@ -144,6 +150,7 @@ def find_batch_size(
             caching_allocator=device.type == "cuda",
             drift_bytes=probe.drift_bytes,
             max_batch=max_batch,
+            forecast=expected,
         )
         if len(probe.failures) == len(result.probes):
             raise probe.failures[0]
@@ -152,7 +159,8 @@ def find_batch_size(
             explain = explain_in_child if isolate else explain_too_small
             result = replace(result, explanation=explain(job, result, device))
         result = in_multiples(result, tried, multiple_of)
-        return replace(result, notes=(*result.notes, *note_of_a_leak(result)))
+        of_forecast = () if expected is None else expected.notes()
+        return replace(result, notes=(*result.notes, *of_forecast, *note_of_a_leak(result)))
 
 
 class _Prober:
@@ -166,6 +174,7 @@ class _Prober:
         state: Sequence[Any],
         ranks: Ranks | None,
         isolate: bool,
+        expected: Expected | None,
     ) -> None:
         self._job = job
         self._device = device
@@ -173,6 +182,7 @@ class _Prober:
         self._state = state
         self._ranks = ranks
         self._isolate = isolate
+        self._expected = expected
         self._drift = Drift(device)
         self.failures: list[Exception] = []
 
@@ -184,6 +194,10 @@ class _Prober:
             done = max(said, key=_badness)
             error = RuntimeError(f"rank {said.index(done)} {done.error}")
         self._drift.sample()
+        if done.outcome == "fits" and self._expected is not None:
+            predicted_bytes = self._expected(batch)
+            if math.isfinite(predicted_bytes):
+                done = replace(done, predicted_bytes=int(predicted_bytes))
         if done.outcome == "error":
             assert error is not None
             self.failures.append(error)

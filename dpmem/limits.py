@@ -28,6 +28,7 @@ def search_within(
     caching_allocator: bool,
     drift_bytes: Callable[[], int],
     max_batch: int,
+    forecast: Callable[[int], float] | None = None,
 ) -> BatchSizeResult:
     """Search for the largest batch within `limit_bytes`, or less where memory runs out before.
 
@@ -36,6 +37,7 @@ def search_within(
                        two, and the drift on top
     caching_allocator  the probes' reserved bytes are those of one
     drift_bytes        asked after every search: how much more of the device others hold than before
+    forecast           as for `search`
     """
     limit, notes, lost_bytes = limit_bytes, [], 0
 
@@ -52,7 +54,13 @@ def search_within(
 
     kept = margin_bytes(limit)
     while True:
-        result = search(tried, limit_bytes=limit, margin_bytes=kept, max_batch=max_batch)
+        result = search(
+            tried,
+            limit_bytes=limit,
+            margin_bytes=kept,
+            max_batch=max_batch,
+            forecast=forecast,
+        )
         lost_bytes = max(lost_bytes, drift_bytes())
         known = (limit, kept)
         ran_out_at = ran_out_below_limit(result)

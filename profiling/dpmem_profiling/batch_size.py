@@ -1,18 +1,16 @@
 """The largest batch that fits, from a handful of probes.
 
-A step's peak is the highest of its phases' peaks, and each of those is close to a straight line in
-the batch size: small batches peak in the optimizer's step, large ones between forward and backward.
-So two small probes give a line for each phase, raised by what the allocator reserves beyond the
-tensors; the lines propose the answer, and one probe confirms it. Where the lines are wrong (an
-algorithm changes with the size, memory fragments) or only the total is known, the search brackets:
-each further probe at least narrows what is possible, and three that did not halve it are followed
-by one that does.
+Two small probes tell what larger batches are expected to take (`outlook`): by a line for each phase
+of the step, or by a forecast that they correct. That proposes the answer, and one probe confirms
+it. Where it is wrong (an algorithm changes with the size, memory fragments) or only the total is
+known, the search brackets: each further probe at least narrows what is possible, and three that did
+not halve it are followed by one that does.
 
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
-That a percent more does not fit was either probed too, or inferred from a line that had predicted
-the confirming probe to within half of that and puts more over by more than it was off; `limited_by`
-says which. Nothing is inferred from reserved bytes, which grow in steps. A peak that falls again
-beyond a batch that failed is not looked for.
+That a percent more does not fit was either probed too, or inferred from what had predicted the
+confirming probe to within half of that and puts more over by more than it was off; `limited_by`
+says which. Reserved bytes grow in steps: from them something is inferred only by a forecast that
+was right about every probe. A peak that falls again beyond a batch that failed is not looked for.
 
 Some jobs refuse small batches: batch normalization one sample, micro-batches what they cannot
 split. The search starts at the first of `FIRST_BATCHES` that does not end in an error.
@@ -21,18 +19,18 @@ split. The search starts at the first of `FIRST_BATCHES` that does not end in an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
+from dpmem_profiling.outlook import Outlook, last_within, outlook
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
 
 FIRST_BATCHES = (1, 2, 4, 8)
 # How far ahead to look while the peak does not yet grow with the batch.
 GROWTH = 4
-# A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
-LOCAL = 15 / 16
 NEARLY = 0.02
+# With a forecast: where to look first, and next, as parts of what it proposes.
+SMALL, CAUTIOUS = 1 / 16, 0.9
 # How much smaller the batch after one that the lines had promised and that failed.
 STEP_BACK = 0.06
 
@@ -44,6 +42,7 @@ def search(
     margin_bytes: int,
     max_batch: int = 2**20,
     on_probe: Callable[[Probe], None] | None = None,
+    forecast: Callable[[int], float] | None = None,
     source: Source = "measured",
 ) -> BatchSizeResult:
     """Find the largest batches within `limit_bytes` and within `limit_bytes - margin_bytes`.
@@ -60,6 +59,11 @@ def search(
     100 + 10 * batch with limit_bytes=1000 and margin_bytes=100 it tries 1, 4, 80 and 90, and
     answers largest_safe=80, largest_fitting=90.
 
+    `forecast` says what a batch is expected to take, in the bytes that probes name, a staircase of
+    reserved ones included. The search then begins with a sixteenth of what it proposes, goes on
+    with nine tenths, and confirms the answer with the third probe where the forecast, once it is
+    corrected by the first two, is right about it. A forecast never stands in for a probe that fits.
+
     Raises ValueError for a limit that is not positive, a margin that is negative or leaves nothing,
     a max_batch below 1, and a probe that fits without naming its peak.
     """
@@ -72,8 +76,9 @@ def search(
         )
     if max_batch < 1:
         raise ValueError(f"max_batch must be at least 1; got {max_batch}")
-    hunt = _Search(probe, max_batch, on_probe)
-    largest_safe = hunt.largest_within(limit_bytes - margin_bytes)
+    safe_bytes = limit_bytes - margin_bytes
+    hunt = _Search(probe, max_batch, on_probe, forecast, safe_bytes)
+    largest_safe = hunt.largest_within(safe_bytes)
     largest_fitting = hunt.largest_within(limit_bytes)
     timed = [
         done
@@ -95,17 +100,6 @@ def search(
     )
 
 
-class _Line(NamedTuple):
-    """A peak at some batch, and how it grows with each sample more."""
-
-    peak_bytes: float
-    slope: float
-
-    def at(self, more: int) -> float:
-        """The peak with `more` samples more."""
-        return self.peak_bytes + self.slope * more
-
-
 class _Search:
     """The probes so far, and how to choose the next."""
 
@@ -114,24 +108,40 @@ class _Search:
         probe: Callable[[int], Probe],
         max_batch: int,
         on_probe: Callable[[Probe], None] | None,
+        forecast: Callable[[int], float] | None,
+        target_bytes: int,
     ) -> None:
         self._probe = probe
         self._on_probe = on_probe
+        self.forecast = forecast
         self.max_batch = max_batch
         self.probes: dict[int, Probe] = {}
         self.peaks: dict[int, int] = {}
-        # How far the line through earlier probes was off, where that was within half a sample.
+        # How far what was expected was off, where that was within half a sample.
         self._foreseen: dict[int, float] = {}
-        # What lines came near enough to that they are worth following.
+        # What came near enough to what was expected that it is worth following.
         self._as_said: set[int] = set()
+        # The smallest batch that the job takes; the last one tried where it takes none.
+        self.first = self._start(target_bytes)
+
+    def _start(self, target_bytes: int) -> int:
+        if self.forecast is not None:
+            proposed = last_within(self.forecast, target_bytes, 0, self.max_batch + 1)
+            if 0 < proposed < self.max_batch:
+                small = max(int(SMALL * proposed), 1)
+                self._try(small)
+                if small in self.peaks:
+                    return small
+            # It is of no use, or very wrong.
+            self.forecast = None
         for batch in FIRST_BATCHES:
-            if batch > max_batch:
+            if batch > self.max_batch:
                 break
-            # The smallest batch that the job takes; the last one tried where it takes none.
-            self.first = batch
+            first = batch
             self._try(batch)
             if self.probes[batch].outcome != "error":
                 break
+        return first
 
     def largest_within(self, target_bytes: int) -> int | None:
         """The largest batch whose peak is within `target_bytes`, probing as needed."""
@@ -145,15 +155,14 @@ class _Search:
             # How many probes since what is possible was last halved.
             slow = 0 if failure - best <= width / 2 else slow + 1
             width = failure - best if slow == 0 else width
-            # Between a batch that fits and one that ran but is too large, both peaks are known.
             measured = failure in self.peaks
-            lines = self._chords(failure, best) if measured else self._lines(best)
-            rising = [line for line in lines if line.slope > 0]
-            if rising:
-                room = min((target_bytes - line.peak_bytes) / line.slope for line in rising)
-                aim = best + int(room)
-                next_bytes = max(line.at(1 + _tolerance(best)) for line in rising)
-                if next_bytes - target_bytes > self._foreseen.get(best, math.inf):
+            beyond = outlook(self.probes, self.peaks, best, failure, self.forecast)
+            if beyond.is_rising:
+                aim = beyond.reach(target_bytes, failure)
+                if self.forecast is not None and len(self.peaks) == 1:
+                    aim = max(best, int(CAUTIOUS * aim))
+                over_bytes = beyond.at(best + 1 + _tolerance(best)) - target_bytes
+                if self._foreseen.get(best, math.inf) < over_bytes < math.inf:
                     return best
             else:
                 # Half of what would fit if the peak had no part that stays the same.
@@ -168,10 +177,12 @@ class _Search:
                 step_back = int(failure * STEP_BACK * 2**refusals)
                 aim = max((best + failure) // 2, failure - step_back)
             aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
-            highest = max(lines, key=lambda line: line.at(aim - best))
-            self._try(aim, highest.at(aim - best), highest.slope)
-            surprises = 0 if aim in self._as_said else surprises + bool(rising)
+            self._try(aim, beyond)
+            surprises = 0 if aim in self._as_said else surprises + beyond.is_rising
             refusals = 0 if aim in self.peaks else refusals + 1
+            if refusals == 2:
+                # Wrong about this device: lines and halving get there sooner.
+                self.forecast = None
 
     def lowest_failure(self, target_bytes: int) -> int | None:
         """The smallest probed batch that does not fit, None where all did."""
@@ -180,8 +191,10 @@ class _Search:
 
     def bytes_per_sample(self) -> float:
         """How the peak grows beyond the largest probe that ran."""
-        lines = self._lines(max(self.peaks)) if self.peaks else []
-        return max(lines, key=lambda line: line.at(1)).slope if lines else 0.0
+        if not self.peaks:
+            return 0.0
+        largest = max(self.peaks)
+        return outlook(self.probes, self.peaks, largest, largest + 1, None).slope(largest + 1)
 
     def _first_failure(self, target_bytes: int) -> int:
         failed = (
@@ -191,40 +204,14 @@ class _Search:
         )
         return min(failed, default=self.max_batch + 1)
 
-    def _lines(self, batch: int) -> list[_Line]:
-        """One line for each phase of the step, through `batch` and a probe below it.
+    def _has_stairs(self) -> bool:
+        """Do peaks grow in the steps in which an allocator reserves?"""
+        return any(
+            done.reserved_bytes not in (None, done.allocated_bytes) for done in self.probes.values()
+        )
 
-        The one below is the nearest that is not almost the same.
-        """
-        below = [other for other in self.peaks if other < batch]
-        if not below:
-            return [_Line(self.peaks[batch], 0.0)]
-        base = max((other for other in below if other <= LOCAL * batch), default=min(below))
-        return self._chords(base, batch)
-
-    def _chords(self, other: int, batch: int) -> list[_Line]:
-        """Lines through two probed batches, starting at `batch`: the peak's and each phase's.
-
-        Phases are known in allocated bytes. Their lines are raised to the peak by as much as the
-        peak of `batch` exceeds them: what an allocator rounds and fragments.
-        """
-        more = batch - other
-        here, there = self._phases(batch), self._phases(other)
-        peak_bytes = self.peaks[batch]
-        raised = peak_bytes / max(here.values(), default=peak_bytes) if peak_bytes else 1.0
-        lines = [
-            _Line(raised * size, raised * (size - there[name]) / more)
-            for name, size in here.items()
-            if name in there
-        ]
-        if not lines or self.probes[batch].reserved_bytes is not None:
-            lines.append(_Line(peak_bytes, (peak_bytes - self.peaks[other]) / more))
-        return lines
-
-    def _phases(self, batch: int) -> Mapping[str, int]:
-        return self.probes[batch].peak_by_phase or {}
-
-    def _try(self, batch: int, predicted_bytes: float = 0.0, slope: float = 0.0) -> None:
+    def _try(self, batch: int, before: Outlook | None = None) -> None:
+        """Probe `batch`; `before` is what was expected of it."""
         if batch in self.probes:
             return
         done = self._probe(batch)
@@ -240,12 +227,15 @@ class _Search:
                 "Set reserved_bytes, allocated_bytes or predicted_bytes."
             )
         self.peaks[batch] = peak_bytes
-        error_bytes = abs(peak_bytes - predicted_bytes)
+        if before is None:
+            return
+        error_bytes, slope = abs(peak_bytes - before.at(batch)), before.slope(batch)
         if error_bytes <= NEARLY * peak_bytes:
             self._as_said.add(batch)
-        # What an allocator reserves is a staircase: there one more step may hide many samples.
-        smooth = done.reserved_bytes in (None, done.allocated_bytes)
-        if smooth and slope > 0 and error_bytes <= slope * (1 + _tolerance(batch)) / 2:
+        if self._has_stairs():
+            # One more step may hide many samples, unless the forecast knows of it.
+            error_bytes += math.inf if before.off_bytes is None else before.off_bytes
+        if slope > 0 and error_bytes <= slope * (1 + _tolerance(batch)) / 2:
             self._foreseen[batch] = error_bytes
 
 
@@ -297,8 +287,12 @@ def _limited_by(
         if hunt.peaks.get(failure, limit_bytes + 1) <= limit_bytes:
             return f"memory: batch {failure} was tried and leaves too little of it free"
         return f"memory: batch {failure} was tried and takes too much"
+    by = (
+        "the forecast, which the probes bear out"
+        if hunt.forecast
+        else "the line through the probes"
+    )
     return (
         f"memory: {format_bytes(per_sample)} a sample, so batch "
-        f"{largest_safe + 1 + _tolerance(largest_safe)} would take too much by the line through "
-        "the probes"
+        f"{largest_safe + 1 + _tolerance(largest_safe)} would take too much by {by}"
     )

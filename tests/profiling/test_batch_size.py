@@ -1,13 +1,14 @@
 """search() against exhaustive search on synthetic peak curves."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 
 import pytest
 
 from dpmem_profiling.batch_size import search
-from dpmem_profiling.record import Probe
+from dpmem_profiling.record import BatchSizeResult, Probe
 
 MAX_BATCH = 3000
 LIMIT_BYTES = 1_000_000
@@ -150,6 +151,93 @@ def test_a_staircase_is_probed_and_not_inferred() -> None:
     assert is_within_a_percent(result.largest_fitting, exact)
     failed = min(done.batch for done in result.probes if done.reserved_bytes > LIMIT_BYTES)
     assert failed - result.largest_fitting <= 1 + result.largest_fitting // 100
+
+
+def reserved(batch: int) -> int:
+    return 20_000 * -(-line(batch) // 20_000)
+
+
+def of_an_allocator(batch: int) -> Probe:
+    if reserved(batch) > LIMIT_BYTES:
+        return Probe(batch, "oom")
+    return Probe(batch, "fits", allocated_bytes=line(batch), reserved_bytes=reserved(batch))
+
+
+@pytest.mark.parametrize("margin_bytes", [0, MARGIN_BYTES])
+def test_with_a_right_forecast_three_probes_and_none_that_fails(margin_bytes: int) -> None:
+    result = search(
+        of_an_allocator, limit_bytes=LIMIT_BYTES, margin_bytes=margin_bytes, forecast=reserved
+    )
+    assert result.largest_fitting == exhaustive(reserved, LIMIT_BYTES)
+    assert result.largest_safe == exhaustive(reserved, LIMIT_BYTES - margin_bytes)
+    assert len(result.probes) <= (4 if margin_bytes else 3)
+    assert {done.outcome for done in result.probes} == {"fits"}
+    assert "by the forecast" in result.limited_by
+    without = search(of_an_allocator, limit_bytes=LIMIT_BYTES, margin_bytes=margin_bytes)
+    assert len(without.probes) > len(result.probes)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_wrong_forecast_costs_probes_and_not_the_answer(seed: int) -> None:
+    rng = random.Random(seed)
+    scale, more_bytes = rng.uniform(0.5, 2.0), rng.randrange(200_000)
+    noise_bytes = [rng.randrange(1 + 30_000 * (seed % 2)) for _ in range(MAX_BATCH + 2)]
+
+    def forecast(batch: int) -> float:
+        return scale * line(batch) + more_bytes + noise_bytes[batch]
+
+    result = search(
+        of_an_allocator,
+        limit_bytes=LIMIT_BYTES,
+        margin_bytes=MARGIN_BYTES,
+        max_batch=MAX_BATCH,
+        forecast=forecast,
+    )
+    assert is_within_a_percent(result.largest_fitting, exhaustive(reserved, LIMIT_BYTES))
+    exact = exhaustive(reserved, LIMIT_BYTES - MARGIN_BYTES)
+    assert is_within_a_percent(result.largest_safe, exact)
+    assert len(result.probes) <= 22
+
+
+@pytest.mark.parametrize(
+    "forecast",
+    [lambda batch: 5.0, lambda batch: math.inf, lambda batch: 1e-3 * batch],
+    ids=["flat", "impossible", "far too low"],
+)
+def test_a_forecast_of_no_use_changes_nothing(forecast: Callable[[int], float]) -> None:
+    def find(forecast: Callable[[int], float] | None) -> BatchSizeResult:
+        return search(
+            of_an_allocator,
+            limit_bytes=LIMIT_BYTES,
+            margin_bytes=MARGIN_BYTES,
+            max_batch=MAX_BATCH,
+            forecast=forecast,
+        )
+
+    # What it proposes is the end of all batches, or one sample.
+    assert find(forecast).probes[0].batch == 1
+    assert find(forecast).largest_safe == find(None).largest_safe
+
+
+def test_a_forecast_ends_where_the_data_does() -> None:
+    def probe(batch: int) -> Probe:
+        return of_an_allocator(batch) if batch <= 100 else Probe(batch, "error", error="no more")
+
+    def forecast(batch: int) -> float:
+        return reserved(batch) if batch <= 100 else math.inf
+
+    result = search(probe, limit_bytes=LIMIT_BYTES, margin_bytes=0, forecast=forecast)
+    assert result.largest_fitting == 100
+    assert "no more" in result.limited_by
+
+
+def test_a_small_batch_that_fails_ends_the_forecasts_say() -> None:
+    def probe(batch: int) -> Probe:
+        return Probe(batch, "error", error="too many") if batch > 9 else of_an_allocator(batch)
+
+    result = search(probe, limit_bytes=LIMIT_BYTES, margin_bytes=0, forecast=reserved)
+    assert result.largest_fitting == 9
+    assert [done.batch for done in result.probes][:2] == [19, 1]
 
 
 def test_a_constant_peak_stops_at_max_batch() -> None:

@@ -1,0 +1,187 @@
+"""What batches that were not tried are expected to take, judged by those that were: an outlook.
+
+Without a forecast: each phase of a step is close to a straight line in the batch size, so small
+batches that peak in the optimizer's step still tell of large ones that peak in forward. With one:
+the forecast, plus the line through what it was off where it was held to probes. That knows the
+staircase in which an allocator reserves, which no few probes can show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from dpmem_profiling.record import Probe
+
+# A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
+LOCAL = 15 / 16
+
+
+class Outlook(Protocol):
+    """Beyond a batch that fits.
+
+    is_rising  the peak is expected to grow with the batch
+    off_bytes  how far it is known to be off as a staircase; None where it knows of no stairs
+    """
+
+    @property
+    def is_rising(self) -> bool: ...
+
+    @property
+    def off_bytes(self) -> float | None: ...
+
+    def at(self, batch: int) -> float:
+        """The peak that is expected of `batch`."""
+        ...
+
+    def reach(self, target_bytes: int, failure: int) -> int:
+        """The largest batch below `failure` that is expected to stay within `target_bytes`."""
+        ...
+
+    def slope(self, batch: int) -> float:
+        """Bytes a sample, from the batch that fits to `batch`."""
+        ...
+
+
+class Line(NamedTuple):
+    """A peak at some batch, and how it grows with each sample more."""
+
+    peak_bytes: float
+    slope: float
+
+    def at(self, more: int) -> float:
+        """The peak with `more` samples more."""
+        return self.peak_bytes + self.slope * more
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The highest of several lines that start at the batch `best`."""
+
+    best: int
+    lines: Sequence[Line]
+    off_bytes = None
+
+    @property
+    def is_rising(self) -> bool:
+        return any(line.slope > 0 for line in self.lines)
+
+    def at(self, batch: int) -> float:
+        return max(line.at(batch - self.best) for line in self.lines)
+
+    def reach(self, target_bytes: int, failure: int) -> int:
+        rising = [line for line in self.lines if line.slope > 0]
+        room = min((target_bytes - line.peak_bytes) / line.slope for line in rising)
+        return self.best + int(room)
+
+    def slope(self, batch: int) -> float:
+        return max(self.lines, key=lambda line: line.at(batch - self.best)).slope
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """`forecast`, right at the probed batch `best` and off elsewhere by a line in the batch.
+
+    The line goes through `other`, probed too; with one probe alone the forecast is scaled.
+    """
+
+    forecast: Callable[[int], float]
+    peaks: Mapping[int, int]
+    best: int
+    other: int | None
+    is_rising = True
+
+    @property
+    def off_bytes(self) -> float | None:
+        # Stairs are where it says only where it is right without being corrected.
+        return max(abs(self._error_bytes(batch)) for batch in self.peaks)
+
+    def at(self, batch: int) -> float:
+        if self.other is None:
+            return self.forecast(batch) * self.peaks[self.best] / self.forecast(self.best)
+        error_bytes = self._error_bytes(self.best)
+        per_sample = (error_bytes - self._error_bytes(self.other)) / (self.best - self.other)
+        return self.forecast(batch) + error_bytes + per_sample * (batch - self.best)
+
+    def _error_bytes(self, batch: int) -> float:
+        return self.peaks[batch] - self.forecast(batch)
+
+    def reach(self, target_bytes: int, failure: int) -> int:
+        return last_within(self.at, target_bytes, self.best, failure)
+
+    def slope(self, batch: int) -> float:
+        return (self.at(batch) - self.peaks[self.best]) / max(batch - self.best, 1)
+
+
+def outlook(
+    probes: Mapping[int, Probe],
+    peaks: Mapping[int, int],
+    best: int,
+    failure: int,
+    forecast: Callable[[int], float] | None,
+) -> Outlook:
+    """Beyond the probed batch `best`, by it and one other: `failure` where its peak is known too,
+    else the nearest below that is not almost the same."""
+    below = [batch for batch in peaks if batch < best]
+    other = max(
+        (batch for batch in below if batch <= LOCAL * best), default=min(below, default=None)
+    )
+    if failure in peaks:
+        other = failure
+    if forecast is not None:
+        return Corrected(forecast, peaks, best, other)
+    if other is None:
+        return Lines(best, [Line(peaks[best], 0.0)])
+    return Lines(best, _chords(probes, peaks, other, best))
+
+
+def _chords(
+    probes: Mapping[int, Probe], peaks: Mapping[int, int], other: int, best: int
+) -> list[Line]:
+    """Lines through two probed batches, starting at `best`: the peak's and each phase's.
+
+    Phases are known in allocated bytes. Their lines are raised to the peak by as much as the peak
+    of `best` exceeds them: what an allocator rounds and fragments.
+    """
+    more = best - other
+    here, there = (probes[batch].peak_by_phase or {} for batch in (best, other))
+    peak_bytes = peaks[best]
+    raised = peak_bytes / max(here.values(), default=peak_bytes) if peak_bytes else 1.0
+    lines = [
+        Line(raised * size, raised * (size - there[name]) / more)
+        for name, size in here.items()
+        if name in there
+    ]
+    if not lines or probes[best].reserved_bytes is not None:
+        lines.append(Line(peak_bytes, (peak_bytes - peaks[other]) / more))
+    return lines
+
+
+def last_within(curve: Callable[[int], float], target_bytes: float, fits: int, failure: int) -> int:
+    """The largest batch from `fits` to below `failure` whose `curve` is within `target_bytes`.
+
+    Takes the curve to rise, and looks where a line meets the target or half way, in turn. `fits` is
+    0 where nothing is known to fit.
+    """
+    fits_bytes = curve(fits) if fits else 0.0
+    fails_bytes: float | None = None
+    slope, halve = 0.0, False
+    while failure - fits > 1:
+        if fails_bytes is not None:
+            slope = (fails_bytes - fits_bytes) / (failure - fits)
+        aim = fits + int((target_bytes - fits_bytes) / slope) if slope > 0 else failure
+        if fails_bytes is None:
+            # A line through small batches may be far off.
+            aim = min(aim, 4 * fits + 2)
+        elif halve:
+            aim = (fits + failure) // 2
+        halve = not halve
+        aim = min(max(aim, fits + 1), failure - 1)
+        aim_bytes = curve(aim)
+        if aim_bytes <= target_bytes:
+            slope = (aim_bytes - fits_bytes) / (aim - fits)
+            fits, fits_bytes = aim, aim_bytes
+        else:
+            failure, fails_bytes = aim, aim_bytes
+    return fits

@@ -1,0 +1,84 @@
+"""What is expected of batches that were not tried."""
+
+import random
+from itertools import accumulate
+
+import pytest
+
+from dpmem_profiling.outlook import Corrected, Line, Lines, last_within
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_last_within_is_found_by_few_looks(seed: int) -> None:
+    rng = random.Random(seed)
+    most_bytes = rng.choice([5, 1_000, 100_000])
+    bend = rng.choice([0, 0, 3])
+    rises = [rng.randrange(most_bytes) + bend * batch for batch in range(3_000)]
+    curve = list(accumulate(rises))
+    target_bytes = rng.choice(curve) + rng.randrange(-1, 2)
+    fits = rng.choice([0, 1, 7])
+    if fits and curve[fits] > target_bytes:
+        fits = 0
+    looked: list[int] = []
+
+    def look(batch: int) -> float:
+        looked.append(batch)
+        return curve[batch]
+
+    expected = max((batch for batch in range(1, 3_000) if curve[batch] <= target_bytes), default=0)
+    assert last_within(look, target_bytes, fits, 3_000) == expected
+    # Halving alone takes 12, after as many to find an end.
+    assert len(looked) <= 20
+    assert all(0 < batch < 3_000 for batch in looked)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e-12])
+def test_what_does_not_grow_reaches_the_end(slope: float) -> None:
+    assert last_within(lambda batch: slope * batch, 1.0, 0, 1 << 20) == (1 << 20) - 1
+
+
+def test_the_highest_line_counts() -> None:
+    lines = Lines(10, [Line(100.0, 1.0), Line(90.0, 4.0), Line(80.0, -1.0)])
+    assert lines.is_rising
+    # 100 + n and 90 + 4 n meet after 3.3 samples.
+    assert [lines.at(batch) for batch in (10, 13, 14)] == [100.0, 103.0, 106.0]
+    assert [lines.slope(batch) for batch in (13, 14)] == [1.0, 4.0]
+    assert lines.reach(150, 99) == 25
+    assert not Lines(10, [Line(100.0, 0.0)]).is_rising
+
+
+def stairs(batch: int) -> float:
+    return 8.0 * (batch // 8)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "best", "other", "expected", "off_bytes"),
+    [
+        # One probe, twice of what was forecast: all is twice that.
+        ({16: 32}, 16, None, {17: 32.0, 24: 48.0, 40: 80.0}, 16.0),
+        # Two, both 5 more: a constant.
+        ({16: 21, 40: 45}, 40, 16, {41: 45.0, 48: 53.0}, 5.0),
+        # Off by 0 and by 24, 24 samples apart: a byte for each sample more.
+        ({16: 16, 40: 64}, 40, 16, {41: 65.0, 48: 80.0}, 24.0),
+        # Between a batch that fits and one that is too large.
+        ({16: 16, 40: 64}, 16, 40, {17: 17.0, 24: 32.0}, 24.0),
+    ],
+)
+def test_probes_correct_a_forecast(
+    peaks: dict[int, int],
+    best: int,
+    other: int | None,
+    expected: dict[int, float],
+    off_bytes: float,
+) -> None:
+    corrected = Corrected(stairs, peaks, best, other)
+    assert corrected.at(best) == peaks[best]
+    assert {batch: corrected.at(batch) for batch in expected} == expected
+    assert corrected.off_bytes == off_bytes
+
+
+def test_a_corrected_forecast_reaches_the_edge_of_a_step() -> None:
+    corrected = Corrected(stairs, {16: 21, 40: 45}, 40, 16)
+    assert corrected.reach(60, 1_000) == 55
+    assert corrected.reach(60, 50) == 49
+    assert corrected.slope(48) == 1.0
