@@ -57,6 +57,7 @@ def find_batch_size(
     budget_bytes: int | None = None,
     safety: float | None = None,
     max_batch: int = 2**20,
+    max_step_s: float | None = None,
     multiple_of: int = 1,
     device: torch.device | None = None,
     gpu: str | None = None,
@@ -67,7 +68,8 @@ def find_batch_size(
 ) -> BatchSizeResult:
     """The largest batch whose training step stays within memory, by a few steps.
 
-    target        a Job, built anew for every probe;
+    target        a Job, built anew for every probe, its samples made by Job.longest_batch where it
+                  has one: what is safe is then safe for the longest;
                   or (model, optimizer) of a run under way, with `batch` and `loss` as in a Job;
                   or a step: called with n, it makes a batch of n samples and trains on it
     state         what else the target's steps change and is to be put back: for a step its model
@@ -80,6 +82,7 @@ def find_batch_size(
                   CUDA's allocator held beyond the tensors where that is more, and on top what
                   others took of the GPU during the search.
     max_batch     no larger batch is tried
+    max_step_s    a batch whose step takes more seconds is no answer; of each, one step is timed
     multiple_of   the answers are multiples of this: of 8, of the number of ranks
     gpu           predict for this GPU, which need not be here ("a100-40gb"); a Job only. The
                   margin is then the forecast's own, and `safety` plays no part.
@@ -102,11 +105,12 @@ def find_batch_size(
     step leaves memory behind, so that no batch is safe for ever, a note says so.
 
     Raises ValueError for a budget that is not positive or more than the machine has, for none on
-    the CPU, for a safety outside [0, 1), a multiple_of below 1, an unknown GPU, and, across ranks,
-    for any of these on any rank; TypeError for arguments that do not go together; InvalidJob, a
-    ValueError, where a factory breaks its promise or a step takes the same memory for whatever
-    batch; torch.AcceleratorError where the device is lost; the target's first error where it raised
-    at every batch tried; and RuntimeError where a rank says nothing for timeout_s.
+    the CPU, for a safety outside [0, 1), a max_step_s that is not positive, a multiple_of below 1,
+    an unknown GPU, and, across ranks, for any of these on any rank; TypeError for arguments that do
+    not go together; InvalidJob, a ValueError, where a factory breaks its promise or a step takes
+    the same memory for whatever batch; torch.AcceleratorError where the device is lost; the
+    target's first error where it raised at every batch tried; and RuntimeError where a rank says
+    nothing for timeout_s.
     """
     if multiple_of < 1:
         raise ValueError(f"multiple_of must be at least 1; received {multiple_of}")
@@ -118,8 +122,17 @@ def find_batch_size(
             f"{option} needs a Job, which can be built elsewhere; "
             f"received {type(target).__name__}; describe the step as a dpmem.Job"
         )
+    if max_step_s is not None and max_step_s <= 0:
+        raise ValueError(f"max_step_s must be positive seconds; received {max_step_s}")
+    if isinstance(target, Job) and target.longest_batch is not None:
+        target = replace(target, batch=target.longest_batch)
     if gpu is not None:
         assert isinstance(target, Job)
+        if max_step_s is not None:
+            raise TypeError(
+                f"a forecast for {gpu} knows no times; received max_step_s={max_step_s}; leave it "
+                "out, or search on the GPU"
+            )
         return _predicted(target, gpu, max_batch, multiple_of, on_probe)
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
@@ -141,7 +154,7 @@ def find_batch_size(
         if device.type == "cuda" and isinstance(target, Job) and ranks is None and not isolate:
             # What lives already is no fake; elsewhere no context of CUDA is to be made here.
             expected = Expected(job, device)
-        probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected)
+        probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected, max_step_s)
         tried = Tried(probe, on_probe)
         result = search_within(
             tried,
@@ -155,7 +168,8 @@ def find_batch_size(
         if len(probe.failures) == len(result.probes):
             raise probe.failures[0]
         refuse_a_constant_step(result, makes_own_batch=not isinstance(target, Job | tuple))
-        if result.largest_safe is None and ranks is None:
+        too_slow = result.probes[-1].outcome == "slow"
+        if result.largest_safe is None and ranks is None and not too_slow:
             explain = explain_in_child if isolate else explain_too_small
             result = replace(result, explanation=explain(job, result, device))
         result = in_multiples(result, tried, multiple_of)
@@ -175,6 +189,7 @@ class _Prober:
         ranks: Ranks | None,
         isolate: bool,
         expected: Expected | None,
+        max_step_s: float | None,
     ) -> None:
         self._job = job
         self._device = device
@@ -183,6 +198,7 @@ class _Prober:
         self._ranks = ranks
         self._isolate = isolate
         self._expected = expected
+        self._max_step_s = max_step_s or math.inf
         self._drift = Drift(device)
         self.failures: list[Exception] = []
 
@@ -194,13 +210,16 @@ class _Prober:
             done = max(said, key=_badness)
             error = RuntimeError(f"rank {said.index(done)} {done.error}")
         self._drift.sample()
+        if done.outcome == "error":
+            assert error is not None
+            self.failures.append(error)
         if done.outcome == "fits" and self._expected is not None:
             predicted_bytes = self._expected(batch)
             if math.isfinite(predicted_bytes):
                 done = replace(done, predicted_bytes=int(predicted_bytes))
-        if done.outcome == "error":
-            assert error is not None
-            self.failures.append(error)
+        if done.outcome == "fits" and (done.seconds or 0) > self._max_step_s:
+            why = f"took {done.seconds:.3g} s, longer than the {self._max_step_s:g} s asked for"
+            done = replace(done, outcome="slow", error=why)
         return done
 
     def drift_bytes(self) -> int:

@@ -263,6 +263,8 @@ def _limited_by(
     if first.outcome == "error":
         tried = ", ".join(map(str, hunt.probes))
         return f"every batch tried ({tried}) failed for a reason other than memory"
+    if first.outcome == "slow":
+        return f"batch {first.batch} {first.error}"
     if largest_fitting is None:
         peak_bytes = _peak_bytes(first)
         if peak_bytes is None or peak_bytes <= limit_bytes:
@@ -281,6 +283,8 @@ def _limited_by(
         return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
     failure = hunt.lowest_failure(limit_bytes - margin_bytes)
     if failure is not None and failure - largest_safe <= 1 + _tolerance(largest_safe):
+        if hunt.probes[failure].outcome == "slow":
+            return f"time: batch {failure} {hunt.probes[failure].error}"
         if hunt.probes[failure].outcome == "error":
             reason = hunt.probes[failure].error
             return f"batch {failure} failed" + (f": {reason}" if reason else "")

@@ -61,8 +61,8 @@ class Job:
                    functools.partial(dpmem.wrap, activations="4bit"), ...
     zero_grad      when gradients are dropped: "start" of the step, "before_backward" (after the
                    forward pass), or at the "end". It moves the peak.
-    longest_batch  like `batch`, with samples as long as they ever get; measure it with
-                   dataclasses.replace(job, batch=job.longest_batch)
+    longest_batch  like `batch`, with samples as long as they ever get: what find_batch_size tries.
+                   To measure it, dataclasses.replace(job, batch=job.longest_batch).
     name           what reports call it
 
     Raises TypeError where a field is not callable or both or neither of loss and step are given,

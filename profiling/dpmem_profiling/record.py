@@ -165,15 +165,16 @@ class Probe:
     """One batch size tried.
 
     `outcome`: "fits"; "oom", out of memory or over the limit; "retry", it ran but only after the
-    allocator gave memory back and asked again, which counts as not fitting; "error", it failed for
-    another reason, which `error` says. `seconds` is one training step. `peak_by_phase` is as in a
+    allocator gave memory back and asked again, which counts as not fitting; "slow", it ran and took
+    longer than was asked for; "error", it failed for another reason. `error` says more of the last
+    two. `seconds` is one training step. `peak_by_phase` is as in a
     MemoryRecord, where known: a step's peak is the highest of its phases', each of them close to a
     line in the batch. `batch_bytes` is what the batch itself holds at most during the step,
     `growth_bytes` what the step left behind, as in a MemoryRecord.
     """
 
     batch: int
-    outcome: Literal["fits", "oom", "retry", "error"]
+    outcome: Literal["fits", "oom", "retry", "slow", "error"]
     predicted_bytes: int | None = None
     allocated_bytes: int | None = None
     reserved_bytes: int | None = None

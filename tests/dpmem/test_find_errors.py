@@ -1,5 +1,6 @@
 """What a person hears who searched with a job, a step or a budget that cannot be right."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dpmem
-from dpmem_profiling import InvalidJob, StepContext, format_bytes
+from dpmem_profiling import BatchSizeResult, InvalidJob, StepContext, format_bytes
 
 CPU = torch.device("cpu")
 
@@ -143,6 +144,65 @@ def test_a_sample_with_too_many_activations_is_explained() -> None:
     # 100 rows of 4096 outputs are kept.
     assert f"activation {format_bytes(4 * 100 * 4096)}" in found.explanation
     assert "activations='2bit'" in found.explanation
+
+
+def slow(context: StepContext) -> None:
+    """A millisecond a sample."""
+    time.sleep(1e-3 * len(context.batch))
+    mean_square(context.model, context.batch).backward()
+    context.model.zero_grad()
+
+
+def test_a_step_may_be_held_to_a_time() -> None:
+    job = replace(MLP, loss=None, optimizer=None, step=slow)
+    free = dpmem.find_batch_size(job, budget_bytes=BUDGET_BYTES, device=CPU)
+    assert free.largest_safe is not None
+    assert free.largest_safe > 100
+    held = dpmem.find_batch_size(job, budget_bytes=BUDGET_BYTES, device=CPU, max_step_s=0.08)
+    assert held.largest_safe is not None
+    # Sleep never ends early; how late it does is the machine's to say.
+    assert 40 <= held.largest_safe < 80
+    assert held.largest_safe == held.largest_fitting
+    assert "time: batch" in held.limited_by
+    assert "longer than the 0.08 s asked for" in held.limited_by
+    timed = [probe for probe in held.probes if probe.outcome == "slow"]
+    assert timed
+    assert all(probe.seconds > 0.08 for probe in timed)
+
+
+def test_not_even_one_sample_within_the_time() -> None:
+    def step(context: StepContext) -> None:
+        time.sleep(0.02)
+        slow(context)
+
+    job = replace(MLP, loss=None, optimizer=None, step=step)
+    held = dpmem.find_batch_size(job, budget_bytes=BUDGET_BYTES, device=CPU, max_step_s=0.01)
+    assert held.largest_safe is None
+    assert held.explanation is None
+    assert held.limited_by.startswith("batch 1 took 0.0")
+
+
+def test_times_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="max_step_s must be positive seconds; received 0"):
+        dpmem.find_batch_size(MLP, budget_bytes=BUDGET_BYTES, max_step_s=0, device=CPU)
+    with pytest.raises(TypeError, match="a forecast for a100-40gb knows no times"):
+        dpmem.find_batch_size(MLP, gpu="a100-40gb", max_step_s=1)
+
+
+@pytest.mark.parametrize("gpu", [None, "rtx-4060"])
+def test_the_longest_samples_decide(gpu: str | None) -> None:
+    def rows(length: int) -> Any:
+        return lambda n: torch.randn(n, length, 64)
+
+    def find(job: dpmem.Job) -> BatchSizeResult:
+        if gpu is not None:
+            return dpmem.find_batch_size(job, gpu=gpu)
+        return dpmem.find_batch_size(job, budget_bytes=10 * BUDGET_BYTES, device=CPU)
+
+    short, long = replace(MLP, batch=rows(4)), replace(MLP, batch=rows(40))
+    both = replace(MLP, batch=rows(4), longest_batch=rows(40))
+    assert find(both).largest_safe == find(long).largest_safe
+    assert (find(short).largest_safe or 0) > 5 * (find(long).largest_safe or 0)
 
 
 def test_multiples_that_are_none() -> None:
