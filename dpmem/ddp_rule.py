@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import _compute_bucket_assignment_by_size as assign_buckets
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +43,7 @@ _WITHOUT_MEMORY = (
 def by_rule() -> Iterator[None]:
     """Within, DistributedDataParallel and its subclasses only make the tensors.
 
-    Models sharded by FSDP are refused.
+    FullyShardedDataParallel is refused, and fully_shard where there are no ranks to shard over.
     """
     replaced: dict[str, Any] = {
         "__init__": _init,
@@ -53,10 +54,16 @@ def by_rule() -> Iterator[None]:
         with mock.patch.multiple(DistributedDataParallel, **replaced):
             yield
     except Exception as error:
-        if any("torch/distributed/fsdp/" in file for file in _files(error)):
+        files = list(_files(error))
+        if any("fsdp/fully_sharded_data_parallel.py" in file for file in files):
             raise ValueError(
-                "a forecast has no rule yet for parameters sharded by fully_shard or "
-                "FullyShardedDataParallel; received a model that is; measure this job on its GPU"
+                "a forecast has no rule for FullyShardedDataParallel; received a model that is "
+                "sharded by it; use fully_shard, or measure this job on its GPU"
+            ) from error
+        if not dist.is_initialized() and any("/fsdp/_fully_shard/" in file for file in files):
+            raise ValueError(
+                "fully_shard shards over the ranks of a process group; received world_size=1; "
+                "forecast with the number of ranks, world_size=2 or more"
             ) from error
         raise
 

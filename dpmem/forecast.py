@@ -19,6 +19,7 @@ from dpmem.ddp_rule import bucket_tensors, by_rule
 from dpmem.jobs import owned_tensors
 from dpmem.targets import load_job
 from dpmem.terminal import as_json, bytes_or_unknown, finding, run_job
+from dpmem.traced_sharding import sharding_without_data
 from dpmem_profiling import Category, Estimate, Forecast, Job, format_bytes
 from dpmem_profiling.gpus import GPUS
 from dpmem_profiling.gpus import gpu as gpu_named
@@ -45,7 +46,8 @@ def estimate(
     world_size  data-parallel ranks, each with such a GPU; the figures are one rank's
 
     Runs the job's own code on tensors without data: seconds, next to no memory, and no GPU. NCCL's
-    buffers are not counted. DistributedDataParallel's memory follows a rule (dpmem/ddp_rule.py).
+    buffers are not counted. DistributedDataParallel's memory follows a rule (dpmem/ddp_rule.py);
+    fully_shard runs as it is, FullyShardedDataParallel is refused.
 
     Raises ValueError for an unknown GPU, InvalidJob and Untraceable, both ValueErrors, where a
     factory of the job breaks its promise or its step needs data; and whatever the job raises.
@@ -72,7 +74,8 @@ def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
 @contextmanager
 def _among(world_size: int) -> Iterator[None]:
     """So many ranks, as far as a step's code sees."""
-    with by_rule(), nullcontext() if world_size == 1 else _ranks_without_peers(world_size):
+    ranks = nullcontext() if world_size == 1 else _ranks_without_peers(world_size)
+    with ranks, sharding_without_data(), by_rule():
         yield
 
 

@@ -155,7 +155,7 @@ def trace(
     scratch = None if kernels is None else CudaScratch(kernels.cublas_workspace_bytes)
     semantics = nullcontext() if kernels is None else cuda_semantics(kernels.architecture)
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
-    tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch)
+    tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch, fakes=True)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     stand_in, in_place = StandIn(tracker), InPlaceGradients()
     with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
@@ -163,8 +163,7 @@ def trace(
         with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
             with tracker.paused():
                 in_place.calibrate()
-            for tensor in _in_order_of_arrival(model):
-                tracker.see(tensor)
+            _arrive(model, tracker)
             built = equip(job, model)
             tracker.module_names = {
                 id(module): name for name, module in built.model.named_modules()
@@ -190,7 +189,7 @@ def trace(
         notes=(
             *stand_in.notes(),
             *_compiled(built.model),
-            *(() if kernels is None else _recurrent(built.model)),
+            *(() if kernels is None else (*_recurrent(built.model), *_sharded(built.model))),
         ),
     )
 
@@ -235,6 +234,17 @@ def _recurrent(model: nn.Module) -> tuple[str, ...]:
     return (
         "unknown: workspace and reserve of cuDNN's RNN. The model has recurrent layers "
         f"({', '.join(sorted(kinds))}), and the figures leave these out.",
+    )
+
+
+def _sharded(model: nn.Module) -> tuple[str, ...]:
+    """A note where fully_shard gathers and reduces on streams of its own."""
+    kinds = (kind for module in model.modules() for kind in type(module).__mro__)
+    if not any(kind.__name__ == "FSDPModule" for kind in kinds):
+        return ()
+    return (
+        "unknown: what the allocator reserves for fully_shard's own streams. The figures have all "
+        "tensors on one stream.",
     )
 
 
@@ -310,6 +320,12 @@ def _fake_parameters_may_be_cast() -> Iterator[None]:
     unreferenced = SimpleNamespace(getweakrefs=lambda tensor: [])
     with mock.patch.object(torch.utils, "weakref", unreferenced):
         yield
+
+
+def _arrive(model: nn.Module, tracker: MemoryTracker) -> None:
+    # A function of its own, so that the last tensor is not held: fully_shard lets go of them all.
+    for tensor in _in_order_of_arrival(model):
+        tracker.see(tensor)
 
 
 def _in_order_of_arrival(model: nn.Module) -> Iterator[Tensor]:

@@ -103,7 +103,8 @@ class MemoryTracker(TorchDispatchMode):
     Inside the block any operator raises MemoryLimitExceeded when the live bytes are more than
     `limit_bytes`. `scratch` tells of memory that operators take for themselves, where that is
     known; its numbers are in `workspaces`. What is only possible is no change: `possible` has its
-    bytes, beside the number of changes before it.
+    bytes, beside the number of changes before it. Fake tensors count where `fakes` is set; where
+    tensors are real, somebody works out a shape with them.
     """
 
     def __init__(
@@ -113,12 +114,14 @@ class MemoryTracker(TorchDispatchMode):
         block_bytes: int,
         limit_bytes: int | None = None,
         scratch: ScratchOf | None = None,
+        fakes: bool = False,
     ) -> None:
         super().__init__()
         self.device = device
         self.block_bytes = block_bytes
         self.limit_bytes = limit_bytes
         self.scratch = scratch
+        self.fakes = fakes
         self.workspaces: set[int] = set()
         self.possible: list[tuple[int, int]] = []
         self.storages: list[StorageInfo] = []
@@ -243,10 +246,11 @@ class MemoryTracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, func: Any) -> list[int]:
         numbers = []
         for part in _parts(tensor):
+            is_fake = isinstance(part, FakeTensor)
             # Not the storage's: a fake tensor's is on the meta device. Nor a fake one's `device`,
             # which is an operator to every mode.
             device = part.fake_device if isinstance(part, FakeTensor) else part.device
-            if device != self.device:
+            if device != self.device or is_fake != self.fakes:
                 continue
             storage = part.untyped_storage()
             entry = self._live.get(id(storage))
@@ -338,7 +342,10 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a tensor's bytes: itself, or the parts of a subclass or sparse one."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            # A DTensor's mesh is among them.
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):
+                yield from _parts(part)
     elif tensor.layout is torch.sparse_coo:
         yield tensor._indices()
         yield tensor._values()

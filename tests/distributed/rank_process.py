@@ -10,6 +10,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import backward_tasks
     import behaviour_tasks
     import scaling_tasks
+    import sharding_jobs
     import tasks
     import torch
     import torch.distributed as dist
@@ -24,11 +25,18 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=30),
     )
+    modules = (
+        tasks,
+        backward_tasks,
+        behaviour_tasks,
+        scaling_tasks,
+        sharding_jobs,
+        wire_tasks,
+    )
     while True:
         task, arguments = pipe.recv()
         torch.manual_seed(0)
         try:
-            modules = (tasks, backward_tasks, behaviour_tasks, scaling_tasks, wire_tasks)
             module = next(module for module in modules if hasattr(module, task))
             result, trace = getattr(module, task)(rank, **arguments), None
         except Exception as error:  # noqa: BLE001 - whatever it is, the test must hear of it

@@ -83,7 +83,10 @@ def test_distributed_data_parallel_follows_a_rule(world_size: int) -> None:
 
 
 def fully_sharded(model: nn.Module, optimizer: Any) -> Any:
-    return fully_shard(model), optimizer
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    return model, torch.optim.Adam(model.parameters())
 
 
 def sharded_flat(model: nn.Module, optimizer: Any) -> Any:
@@ -91,10 +94,24 @@ def sharded_flat(model: nn.Module, optimizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("wrap", [fully_sharded, sharded_flat])
-def test_sharded_parameters_are_refused(wrap: Any, world_size: int) -> None:
-    with pytest.raises(ValueError, match="no rule yet for parameters sharded by fully_shard"):
-        dpmem.estimate(JOB, batch_size=64, gpu="t4", wrap=wrap, world_size=world_size)
+def test_parameters_sharded_flat_are_refused(world_size: int) -> None:
+    with pytest.raises(ValueError, match="no rule for FullyShardedDataParallel"):
+        dpmem.estimate(JOB, batch_size=64, gpu="t4", wrap=sharded_flat, world_size=world_size)
+
+
+def test_shards_of_a_single_rank_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fully_shard shards over the ranks .* world_size=1"):
+        dpmem.estimate(JOB, batch_size=64, gpu="t4", wrap=fully_sharded)
+
+
+def test_shards_are_smaller_the_more_ranks_there_are() -> None:
+    two, eight = (
+        dpmem.estimate(JOB, batch_size=64, gpu="t4", wrap=fully_sharded, world_size=world_size)
+        for world_size in (2, 8)
+    )
+    for category in ("parameter", "optimizer_state"):
+        assert eight.breakdown[category] == pytest.approx(two.breakdown[category] / 4, rel=0.05)
+    assert any("fully_shard's own streams" in note for note in two.notes)
 
 
 def test_compressed_activations_are_forecast_smaller() -> None:
