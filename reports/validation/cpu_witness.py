@@ -1,4 +1,4 @@
-"""Forecast ten jobs on this machine's CPU, and ask torch's own allocator what they took.
+"""Forecast twelve jobs on this machine's CPU, and ask torch's own allocator what they took.
 
 Each job is trace()d as the CPU would run it, on tensors without data, and then run for real under
 torch.profiler with profile_memory=True, whose events are the CPU allocator's. Nothing of dpmem
@@ -210,11 +210,41 @@ def channels_last(job: Job) -> Job:
     return replace(job, model=model, batch=batch, name=f"{job.name}, channels_last")
 
 
+class LowRank(nn.Module):
+    """A frozen layer and a trained product of two narrow matrices beside it (LoRA)."""
+
+    def __init__(self, layer: nn.Module, into: int, out: int, rank: int = 8) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Parameter(torch.randn(into, rank) / into**0.5)
+        self.up = nn.Parameter(torch.zeros(rank, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., into] -> [..., out]."""
+        result: Tensor = self.layer(x) + x @ self.down @ self.up
+        return result
+
+
+def low_rank(job: Job, width: int) -> Job:
+    """GPT-2 with its weights frozen, and adapters beside the projections of queries to values."""
+
+    def model() -> nn.Module:
+        gpt = job.model().requires_grad_(False)
+        for block in gpt.transformer.h:  # type: ignore[union-attr]
+            block.attn.c_attn = LowRank(block.attn.c_attn, width, 3 * width)
+        return gpt
+
+    return replace(job, model=model)
+
+
 _NARROW = "hidden_size=128&num_attention_heads=4&num_hidden_layers=3&intermediate_size=512"
 _TEXT = "vocab_size=1024&seq=64"
+_GPT_2 = f"hf:gpt2?n_embd=128&n_head=4&n_layer=3&{_TEXT}"
 # The kind, the batch size and what makes the job.
 JOBS: tuple[tuple[Kind, int, Callable[[], Job]], ...] = (
-    ("transformer", 8, partial(known, "GPT-2", f"hf:gpt2?n_embd=128&n_head=4&n_layer=3&{_TEXT}")),
+    ("transformer", 8, partial(known, "GPT-2", _GPT_2)),
+    ("transformer", 8, partial(known, "GPT-2, checkpoints", f"{_GPT_2}&checkpointing=true")),
+    ("transformer", 8, lambda: low_rank(known("GPT-2, LoRA", _GPT_2), 128)),
     ("transformer", 8, partial(known, "BERT", f"hf:bert?{_NARROW}&{_TEXT}")),
     ("transformer", 8, partial(known, "ViT", f"hf:vit?{_NARROW}&image=64&patch_size=8")),
     ("transformer", 8, text_gpt),

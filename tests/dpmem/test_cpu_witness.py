@@ -14,7 +14,8 @@ import torch
 HERE = Path(__file__).parents[2] / "reports/validation"
 FAST = {"byte GPT", "VGG"}
 NAMES = [
-    "GPT-2", "BERT", "ViT", "byte GPT", "Llama", "T5", "resnet18", "U-Net", "VGG", "mobilenet_v2",
+    "GPT-2", "GPT-2, checkpoints", "GPT-2, LoRA", "BERT", "ViT", "byte GPT", "Llama", "T5",
+    "resnet18", "U-Net", "VGG", "mobilenet_v2",
 ]  # fmt: skip
 
 
