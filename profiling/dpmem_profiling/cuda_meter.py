@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 import torch
 
 from dpmem_profiling import nvml
+from dpmem_profiling.allocator_settings import MIN_BLOCK_BYTES
 from dpmem_profiling.record import TimelinePoint
 from dpmem_profiling.timeline import Replay
 from dpmem_profiling.tracker import Change
 from dpmem_profiling.units import format_bytes
 
-# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
-CUDA_BLOCK_BYTES = 512
 # A step of a 7B model makes about a hundred thousand; one takes some hundred bytes of host memory.
 HISTORY_EVENTS = 1_000_000
 # The number under which replay() meets memory that no tracked storage explains.
@@ -207,4 +206,4 @@ def _history(
 
 
 def _block_bytes(size_bytes: int) -> int:
-    return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+    return -(-size_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES

@@ -6,27 +6,28 @@ trace of fake tensors -> allocations in order -> caching allocator -> peak reser
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from dpmem_profiling.allocator import CachingAllocator, OutOfDeviceMemory
 from dpmem_profiling.allocator_settings import AllocatorSettings
 from dpmem_profiling.attribution import Owned
 from dpmem_profiling.gpus import Gpu, cublas_workspace_bytes
 from dpmem_profiling.job import Job
 from dpmem_profiling.record import Category, MemoryRecord, TensorAtPeak
-from dpmem_profiling.timeline import Replay, largest_at_peak, replay
+from dpmem_profiling.timeline import largest_at_peak, replay
 from dpmem_profiling.trace import Kernels, Trace, between, trace
-from dpmem_profiling.tracker import Change
+from dpmem_profiling.trace_replay import (
+    replay_allocations,
+    replay_trace,
+    rounded,
+    with_workspaces,
+)
 from dpmem_profiling.units import format_bytes
 
-# Source: c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize.
-CUDA_BLOCK_BYTES = 512
 # How far real peaks were from forecasts, as fractions of the forecast: the band of 90% of the 48
 # measured runs that reports/validation/table.md does not call noisy. `make validation`.
 BAND_BELOW = 0.077
@@ -85,15 +86,6 @@ class Estimate:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Peaks:
-    """What the allocator's model says of a trace. `retries`: how often it ran dry and gave back
-    what it had cached before it could go on; None for the bytes where it ran out for good."""
-
-    reserved_bytes: int | None
-    retries: int
-
-
 class SearchTooLong(ValueError):  # noqa: N818 - reads as what it is
     """The search for the largest batch would trace one large batch after the other."""
 
@@ -137,7 +129,7 @@ class Forecast:
             around = None if self._around is None else self._around()
             made = trace(self._job, batch_size, kernels, owned=self._owned, around=around)
             traced[batch_size] = made
-        return _with_workspaces(made, cublas_workspace_bytes(gpu.architecture))
+        return with_workspaces(made, cublas_workspace_bytes(gpu.architecture))
 
     def reserved_bytes(self, batch_size: int, gpu: Gpu) -> int:
         """The peak of the allocator's cache, were there no end of memory."""
@@ -312,64 +304,6 @@ class Forecast:
         )
 
 
-def replay_trace(traced: Trace) -> Replay:
-    """The allocated peak over everything that was traced, and what is in it."""
-    changes = rounded(traced.changes)
-    return replay({}, changes, traced.categories.__getitem__, start_s=0.0)
-
-
-def replay_allocations(
-    traced: Trace,
-    settings: AllocatorSettings,
-    capacity_bytes: int | None,
-    *,
-    with_possible: bool = False,
-) -> Peaks:
-    """Run a trace through the caching allocator's model; `capacity_bytes` None has no end.
-
-    with_possible  cuDNN takes every workspace that it may take
-    """
-    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    sizes: dict[int, int] = {}
-    addresses: dict[int, int] = {}
-    possible = dict(traced.possible) if with_possible else {}
-    try:
-        for index, change in enumerate(traced.changes):
-            if workspace_bytes := possible.get(index):
-                allocator.free(allocator.malloc(workspace_bytes))
-            number = change.storage
-            if number is None:
-                continue
-            size_bytes = sizes.get(number, 0) + change.delta_bytes
-            sizes[number] = size_bytes
-            # A storage that is resized moves: the new block is taken before the old one goes.
-            old = addresses.pop(number, None)
-            if size_bytes:
-                addresses[number] = allocator.malloc(size_bytes)
-            if old is not None:
-                allocator.free(old)
-    except OutOfDeviceMemory:
-        return Peaks(None, allocator.n_retries)
-    return Peaks(allocator.peak_reserved_bytes, allocator.n_retries)
-
-
-def rounded(changes: tuple[Change, ...]) -> tuple[Change, ...]:
-    """The same changes in the blocks of 512 bytes in which CUDA's allocator counts."""
-    sizes: dict[int, int] = {}
-    result = []
-    for change in changes:
-        if change.storage is not None:
-            old = sizes.get(change.storage, 0)
-            sizes[change.storage] = old + change.delta_bytes
-            change = change._replace(delta_bytes=_blocks(sizes[change.storage]) - _blocks(old))
-        result.append(change)
-    return tuple(result)
-
-
-def _blocks(size_bytes: int) -> int:
-    return -(-size_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
-
-
 def _lower(reserved_bytes: int) -> int:
     return int(reserved_bytes * (1 - BAND_BELOW))
 
@@ -391,17 +325,3 @@ def _attention_class(gpu: Gpu) -> tuple[int, int]:
     """The oldest architecture with the same attention kernels: see cuda_semantics."""
     recent = (8, 0)
     return recent if gpu.architecture is None else min(gpu.architecture, recent)
-
-
-def _with_workspaces(traced: Trace, workspace_bytes: int) -> Trace:
-    """The trace with cuBLAS workspaces of this size: those workspaces that stay."""
-    seen = Counter(change.storage for change in traced.changes)
-    changes = tuple(
-        change._replace(delta_bytes=workspace_bytes)
-        if change.storage is not None
-        and seen[change.storage] == 1
-        and traced.categories[change.storage] == "workspace"
-        else change
-        for change in traced.changes
-    )
-    return replace(traced, changes=changes)

@@ -18,8 +18,9 @@ from time import perf_counter
 
 import torch
 
+from dpmem_profiling.allocator_settings import MIN_BLOCK_BYTES
 from dpmem_profiling.attribution import Attribution, Owned
-from dpmem_profiling.cuda_meter import CUDA_BLOCK_BYTES, UNTRACKED, CudaMeter
+from dpmem_profiling.cuda_meter import UNTRACKED, CudaMeter
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Built, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.record import Category, MemoryRecord
@@ -95,7 +96,7 @@ def _measure(
     world_size: int,
 ) -> MemoryRecord:
     cuda = _cuda_meter(device)
-    block_bytes = 1 if cuda is None else CUDA_BLOCK_BYTES
+    block_bytes = 1 if cuda is None else MIN_BLOCK_BYTES
     tracker = MemoryTracker(device, block_bytes=block_bytes, limit_bytes=limit_bytes)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     in_place = InPlaceGradients()

@@ -19,9 +19,10 @@ from jobs import Row, job, rows
 from matplotlib.figure import Figure
 
 from dpmem_profiling import AllocatorSettings, Forecast
-from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES, replay_allocations
+from dpmem_profiling.estimate import ASSUMED_CONTEXT_BYTES
 from dpmem_profiling.gpus import GPUS
 from dpmem_profiling.job import ZeroGrad
+from dpmem_profiling.trace_replay import replay_allocations
 
 HERE = Path(__file__).parent
 CARDS = {

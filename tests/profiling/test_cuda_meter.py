@@ -189,7 +189,7 @@ def test_the_history_of_a_real_gpu_peaks_where_torch_said(name: str, peak_bytes:
     ((device, history),) = recorded_histories(name)
     held_bytes = sum(s["allocated_size"] for s in device["segments"]) - history[-1].allocated_bytes
     found_bytes = held_bytes + max(point.allocated_bytes for point in history)
-    assert abs(found_bytes - peak_bytes) < cuda_meter.CUDA_BLOCK_BYTES
+    assert abs(found_bytes - peak_bytes) < cuda_meter.MIN_BLOCK_BYTES
 
 
 class FakeCuda:
@@ -357,7 +357,7 @@ def test_the_record_takes_its_totals_from_cuda(monkeypatch: pytest.MonkeyPatch) 
             )
 
     monkeypatch.setattr(meter, "_cuda_meter", lambda device: Held())
-    monkeypatch.setattr(meter, "CUDA_BLOCK_BYTES", 1)
+    monkeypatch.setattr(meter, "MIN_BLOCK_BYTES", 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stub GPU")
     record = measure(WIDE, 4)
     assert record.device == "Stub GPU"
