@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from dpmem.agreement import Ranks
 from dpmem.expected import Expected
 from dpmem.explain import explain_too_small
-from dpmem.forecast import forecast_of
+from dpmem.forecast import forecast_of, is_one_of_many
 from dpmem.growth import note_of_a_leak, refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, pickled_job, probe_in_child, room_in_child
 from dpmem.jobs import (
@@ -151,8 +151,13 @@ def find_batch_size(
         else:
             room = min(ranks.all_say(lambda: _room_here(budget_bytes, device)))
         expected = None
-        if device.type == "cuda" and isinstance(target, Job) and ranks is None and not isolate:
-            # What lives already is no fake; elsewhere no context of CUDA is to be made here.
+        if (
+            device.type == "cuda"
+            and isinstance(target, Job)
+            and not isolate
+            and not is_one_of_many()
+        ):
+            # What lives already is no fake; with isolate no context of CUDA is to be made here.
             expected = Expected(job, device)
         probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected, max_step_s)
         tried = Tried(probe, on_probe)

@@ -64,7 +64,18 @@ def forecast_of(job: Job, world_size: int = 1) -> Forecast:
     """Forecasts of `job` as dpmem sees it: the wrapper's memory by its name, and its ranks."""
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1; received {world_size}")
+    if job.wrap is not None and is_one_of_many():
+        raise ValueError(
+            "a forecast of a wrapped job must not speak to other ranks, which do not make it; "
+            "received one in a process group of several: forecast before init_process_group, or in "
+            "another process"
+        )
     return Forecast(job, owned=_owned, around=lambda: _among(world_size))
+
+
+def is_one_of_many() -> bool:
+    """Is this process a rank beside others?"""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:

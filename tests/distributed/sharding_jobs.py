@@ -69,3 +69,14 @@ def measured_peak_bytes(rank: int, job: str) -> int:
         measure(JOBS[job](), 16, device="cpu", warmup_steps=1).peak_allocated_bytes
         for _ in range(3)
     )
+
+
+def forecast_beside_others(rank: int) -> str | None:
+    """What is said to rank 0, which forecasts a wrapped job; the others do not."""
+    if rank > 0:
+        return None
+    try:
+        dpmem.estimate(perceptron("plain"), batch_size=4, gpu="t4")
+    except ValueError as error:
+        return str(error)
+    return None

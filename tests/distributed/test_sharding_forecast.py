@@ -27,3 +27,8 @@ def test_a_sharded_step_takes_what_was_forecast(ranks: Pool, job: str) -> None:
     measured_bytes = ranks(2).run("measured_peak_bytes", job=job)[0]
     traced = trace(JOBS[job](), 16, None, around=_among(2))
     assert 0 <= measured_bytes - last_step_peak_bytes(traced) <= MESHES_BYTES
+
+
+def test_no_wrapped_job_is_forecast_beside_ranks_that_wait(ranks: Pool) -> None:
+    said, _ = ranks(2).run("forecast_beside_others")
+    assert said.startswith("a forecast of a wrapped job must not speak to other ranks")
