@@ -85,8 +85,7 @@ def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
 @contextmanager
 def _among(world_size: int) -> Iterator[None]:
     """So many ranks, as far as a step's code sees."""
-    ranks = nullcontext() if world_size == 1 else _ranks_without_peers(world_size)
-    with ranks, sharding_without_data(), by_rule():
+    with nullcontext() if world_size == 1 else _ranks_without_peers(world_size), by_rule():
         yield
 
 
@@ -108,7 +107,8 @@ def _ranks_without_peers(world_size: int) -> Iterator[None]:
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=c10d.HashStore())
     try:
-        with mock.patch.object(dist, "all_gather_object", all_say_the_same):
+        objects = mock.patch.object(dist, "all_gather_object", all_say_the_same)
+        with objects, sharding_without_data():
             yield
     finally:
         dist.destroy_process_group()

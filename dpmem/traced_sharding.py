@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 from torch.distributed import device_mesh
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -30,6 +29,10 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def sharding_without_data() -> Iterator[None]:
     """Within, fully_shard and DTensor work on fake tensors."""
+    # Here, not above: they take a second. All of it, so that nobody imports what is patched below.
+    from torch.distributed import fsdp  # noqa: F401
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
     original = device_mesh.init_device_mesh
 
     @_unwatched
@@ -37,12 +40,17 @@ def sharding_without_data() -> Iterator[None]:
         # Steps are traced on the CPU, whatever accelerator is here.
         return original("cpu", *args, **kwargs)
 
+    name = original.__name__
     # Whoever imported it by name has it in a module of its own.
-    holders = [m for m in list(sys.modules.values()) if vars(m).get(original.__name__) is original]
+    holders = [
+        module
+        for module in list(sys.modules.values())
+        if getattr(module, "__dict__", {}).get(name) is original
+    ]
     shapes = ShardingPropagator._propagate_tensor_meta_non_cached
     with ExitStack() as undo:
         for module in holders:
-            undo.enter_context(mock.patch.object(module, original.__name__, make_mesh))
+            undo.enter_context(mock.patch.object(module, name, make_mesh))
         undo.enter_context(
             mock.patch.object(ShardingPropagator, shapes.__name__, _unwatched(shapes))
         )
