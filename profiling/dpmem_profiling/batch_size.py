@@ -28,7 +28,6 @@ from dpmem_profiling.units import format_bytes
 FIRST_BATCHES = (1, 2, 4, 8)
 # How far ahead to look while the peak does not yet grow with the batch.
 GROWTH = 4
-NEARLY = 0.02
 # With a forecast: where to look first, and next, as parts of what it proposes.
 SMALL, CAUTIOUS = 1 / 16, 0.9
 # How much smaller the batch after one that the lines had promised and that failed.
@@ -119,8 +118,6 @@ class _Search:
         self.peaks: dict[int, int] = {}
         # How far what was expected was off, where that was within half a sample.
         self._foreseen: dict[int, float] = {}
-        # What came near enough to what was expected that it is worth following.
-        self._as_said: set[int] = set()
         # The smallest batch that the job takes; the last one tried where it takes none.
         self.first = self._start(target_bytes)
 
@@ -145,7 +142,7 @@ class _Search:
 
     def largest_within(self, target_bytes: int) -> int | None:
         """The largest batch whose peak is within `target_bytes`, probing as needed."""
-        surprises, refusals, slow = 0, 0, 0
+        refusals, slow = 0, 0
         width = math.inf
         while True:
             failure = self._first_failure(target_bytes)
@@ -167,18 +164,14 @@ class _Search:
             else:
                 # Half of what would fit if the peak had no part that stays the same.
                 aim = max(GROWTH * best, best * target_bytes // (2 * self.peaks[best] or 1))
-            if failure > self.max_batch:
-                if surprises >= 3:
-                    aim = max(aim, best + 2**surprises)
-            elif slow >= 3:
+            if failure <= self.max_batch and slow >= 3:
                 aim = (best + failure) // 2
-            elif aim >= failure and not measured:
+            elif failure <= self.max_batch and aim >= failure and not measured:
                 # Fragments take a few percent that no line foresees; halving comes after.
                 step_back = int(failure * STEP_BACK * 2**refusals)
                 aim = max((best + failure) // 2, failure - step_back)
             aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
             self._try(aim, beyond)
-            surprises = 0 if aim in self._as_said else surprises + beyond.is_rising
             refusals = 0 if aim in self.peaks else refusals + 1
             if refusals == 2:
                 # Wrong about this device: lines and halving get there sooner.
@@ -230,8 +223,6 @@ class _Search:
         if before is None:
             return
         error_bytes, slope = abs(peak_bytes - before.at(batch)), before.slope(batch)
-        if error_bytes <= NEARLY * peak_bytes:
-            self._as_said.add(batch)
         if self._has_stairs():
             # One more step may hide many samples, unless the forecast knows of it.
             error_bytes += math.inf if before.off_bytes is None else before.off_bytes

@@ -5,7 +5,8 @@ from itertools import accumulate
 
 import pytest
 
-from dpmem_profiling.outlook import Corrected, Line, Lines, last_within
+from dpmem_profiling.outlook import Corrected, Line, Lines, last_within, outlook
+from dpmem_profiling.record import Probe
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -82,3 +83,48 @@ def test_a_corrected_forecast_reaches_the_edge_of_a_step() -> None:
     assert corrected.reach(60, 1_000) == 55
     assert corrected.reach(60, 50) == 49
     assert corrected.slope(48) == 1.0
+
+
+def test_steep_curves_take_few_looks_too() -> None:
+    looked: list[int] = []
+
+    def look(batch: int) -> float:
+        looked.append(batch)
+        return float(batch) ** 6
+
+    assert last_within(look, 1000.5**6, 0, 1 << 20) == 1000
+    assert len(looked) <= 24
+
+
+def probed(reserved_bytes: dict[int, int], forward: float) -> dict[int, Probe]:
+    """Reserved bytes by batch, and a forward phase of so many bytes a sample beside 1000."""
+    return {
+        batch: Probe(
+            batch,
+            "fits",
+            reserved_bytes=size_bytes,
+            peak_by_phase={"forward": int(forward * batch), "step": 1000},
+        )
+        for batch, size_bytes in reserved_bytes.items()
+    }
+
+
+def lines_of(reserved_bytes: dict[int, int], best: int) -> Lines:
+    found = outlook(probed(reserved_bytes, 10.0), reserved_bytes, best, 1 << 20, None)
+    assert isinstance(found, Lines)
+    return found
+
+
+def test_phases_are_raised_by_what_an_allocator_holds_beyond_them() -> None:
+    # At 50 samples forward takes 500, the step 1000, and the allocator holds twice of that.
+    lines = lines_of({25: 2000, 50: 2000}, 50)
+    assert lines.at(50) == 2000.0
+    # Forward reaches the step's peak at 100 samples.
+    assert lines.at(100) == 2000.0
+    assert lines.at(200) == 4000.0
+
+
+def test_a_slope_is_not_taken_between_neighbours() -> None:
+    # 240 and 250 lie within an allocator's step of each other.
+    lines = lines_of({100: 2000, 240: 4800, 250: 5800}, 250)
+    assert lines.slope(260) == pytest.approx((5800 - 2000) / 150, rel=0.1)
