@@ -9,8 +9,9 @@ not halve it are followed by one that does.
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
 That a percent more does not fit was either probed too, or inferred from what had predicted the
 confirming probe to within half of that and puts more over by more than it was off; `limited_by`
-says which. Reserved bytes grow in steps: from them something is inferred only by a forecast that
-was right about every probe. A peak that falls again beyond a batch that failed is not looked for.
+says which. Reserved bytes grow in stairs: from them something is inferred only by a forecast that
+was right about every probe, the first batch of a stair among them. A peak that falls again beyond a
+batch that failed is not looked for.
 
 Some jobs refuse small batches: batch normalization one sample, micro-batches what they cannot
 split. The search starts at the first of `FIRST_BATCHES` that does not end in an error.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dpmem_profiling.outlook import Outlook, last_within, outlook
+from dpmem_profiling.outlook import Corrected, Outlook, last_within, outlook
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
 
@@ -29,7 +30,7 @@ FIRST_BATCHES = (1, 2, 4, 8)
 # How far ahead to look while the peak does not yet grow with the batch.
 GROWTH = 4
 # With a forecast: where to look first, and next, as parts of what it proposes.
-SMALL, CAUTIOUS = 1 / 16, 0.9
+SMALL, CAUTIOUS = 1 / 4, 0.9
 # How much smaller the batch after one that the lines had promised and that failed.
 STEP_BACK = 0.06
 
@@ -59,8 +60,8 @@ def search(
     answers largest_safe=80, largest_fitting=90.
 
     `forecast` says what a batch is expected to take, in the bytes that probes name, a staircase of
-    reserved ones included. The search then begins with a sixteenth of what it proposes, goes on
-    with nine tenths, and confirms the answer with the third probe where the forecast, once it is
+    reserved ones included. The search then begins with a quarter of what it proposes, goes on with
+    nine tenths, and confirms the answer with the third probe where the forecast, once it is
     corrected by the first two, is right about it. A forecast never stands in for a probe that fits.
 
     Raises ValueError for a limit that is not positive, a margin that is negative or leaves nothing,
@@ -156,8 +157,10 @@ class _Search:
             beyond = outlook(self.probes, self.peaks, best, failure, self.forecast)
             if beyond.is_rising:
                 aim = beyond.reach(target_bytes, failure)
-                if self.forecast is not None and len(self.peaks) == 1:
-                    aim = max(best, int(CAUTIOUS * aim))
+                if isinstance(beyond, Corrected) and len(self.peaks) == 1:
+                    aim = int(CAUTIOUS * aim)
+                    # Where a forecast that is too high shows it.
+                    aim = beyond.stair_start(aim) or aim
                 over_bytes = beyond.at(best + 1 + _tolerance(best)) - target_bytes
                 if self._foreseen.get(best, math.inf) < over_bytes < math.inf:
                     return best
@@ -176,6 +179,7 @@ class _Search:
             if refusals == 2:
                 # Wrong about this device: lines and halving get there sooner.
                 self.forecast = None
+                self._foreseen.clear()
 
     def lowest_failure(self, target_bytes: int) -> int | None:
         """The smallest probed batch that does not fit, None where all did."""
@@ -224,8 +228,10 @@ class _Search:
             return
         error_bytes, slope = abs(peak_bytes - before.at(batch)), before.slope(batch)
         if self._has_stairs():
-            # One more step may hide many samples, unless the forecast knows of it.
-            error_bytes += math.inf if before.off_bytes is None else before.off_bytes
+            # One more step may hide many samples, unless the forecast knows where it is.
+            if not isinstance(before, Corrected) or before.late(batch) >= 2 + _tolerance(batch):
+                return
+            error_bytes += before.off_bytes
         if slope > 0 and error_bytes <= slope * (1 + _tolerance(batch)) / 2:
             self._foreseen[batch] = error_bytes
 

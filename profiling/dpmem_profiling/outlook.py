@@ -8,6 +8,7 @@ staircase in which an allocator reserves, which no few probes can show.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -16,20 +17,18 @@ from dpmem_profiling.record import Probe
 
 # A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
 LOCAL = 15 / 16
+# How far below a batch its stair is looked for, as a part of it.
+STAIR = 0.9
 
 
 class Outlook(Protocol):
     """Beyond a batch that fits.
 
     is_rising  the peak is expected to grow with the batch
-    off_bytes  how far it is known to be off as a staircase; None where it knows of no stairs
     """
 
     @property
     def is_rising(self) -> bool: ...
-
-    @property
-    def off_bytes(self) -> float | None: ...
 
     def at(self, batch: int) -> float:
         """The peak that is expected of `batch`."""
@@ -61,7 +60,6 @@ class Lines:
 
     best: int
     lines: Sequence[Line]
-    off_bytes = None
 
     @property
     def is_rising(self) -> bool:
@@ -93,9 +91,27 @@ class Corrected:
     is_rising = True
 
     @property
-    def off_bytes(self) -> float | None:
-        # Stairs are where it says only where it is right without being corrected.
+    def off_bytes(self) -> float:
+        """How far it was off, at most, where it was held to probes and not corrected."""
         return max(abs(self._error_bytes(batch)) for batch in self.peaks)
+
+    def late(self, batch: int) -> float:
+        """By how many samples a stair that it ends at `batch` may end later, for all that is known.
+
+        Right about the first batch of a stair, it has its stairs in place; right about the last, it
+        may be too high by all that the stair hides.
+        """
+        starts = {probed: self.stair_start(probed) for probed in self.peaks}
+        parts = [probed / (start - 1) - 1 for probed, start in starts.items() if start]
+        return batch * min(parts, default=math.inf)
+
+    def stair_start(self, batch: int) -> int | None:
+        """The first batch forecast to take what `batch` takes; None if not in its last tenth."""
+        below = int(STAIR * batch)
+        if below < 1 or self.forecast(below) >= self.forecast(batch):
+            return None
+        less_bytes = math.nextafter(self.forecast(batch), 0)
+        return 1 + last_within(self.forecast, less_bytes, below, batch)
 
     def at(self, batch: int) -> float:
         if self.other is None:

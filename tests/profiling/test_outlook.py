@@ -128,3 +128,23 @@ def test_a_slope_is_not_taken_between_neighbours() -> None:
     # 240 and 250 lie within an allocator's step of each other.
     lines = lines_of({100: 2000, 240: 4800, 250: 5800}, 250)
     assert lines.slope(260) == pytest.approx((5800 - 2000) / 150, rel=0.1)
+
+
+def test_where_the_stairs_of_a_forecast_begin() -> None:
+    def in_stairs_of_16(batch: int) -> float:
+        return 1000.0 * -(-batch // 16)
+
+    forecast = Corrected(in_stairs_of_16, {177: 12_000, 320: 20_000}, 320, 177)
+    assert [forecast.stair_start(batch) for batch in (1, 160, 176, 177, 190, 192)] == [
+        None,
+        145,
+        161,
+        177,
+        177,
+        177,
+    ]
+    # 100 lies on the stair from 97 on, 16 on one that begins before its last tenth.
+    assert [forecast.stair_start(batch) for batch in (100, 16)] == [97, None]
+    # 177 is the first of its stair: the next one too late by 1 / 176 would have shown there.
+    assert forecast.late(320) == pytest.approx(320 / 176)
+    assert Corrected(in_stairs_of_16, {16: 1000}, 16, None).late(16) == float("inf")
