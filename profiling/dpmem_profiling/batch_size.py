@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dpmem_profiling.outlook import Corrected, Outlook, last_within, outlook
+from dpmem_profiling.outlook import Corrected, Outlook, first_reach, outlook
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
 
@@ -124,7 +124,7 @@ class _Search:
 
     def _start(self, target_bytes: int) -> int:
         if self.forecast is not None:
-            proposed = last_within(self.forecast, target_bytes, 0, self.max_batch + 1)
+            proposed = first_reach(self.forecast, target_bytes, 0, self.max_batch + 1)
             if 0 < proposed < self.max_batch:
                 small = max(int(SMALL * proposed), 1)
                 self._try(small)

@@ -124,7 +124,7 @@ class Corrected:
         return self.peaks[batch] - self.forecast(batch)
 
     def reach(self, target_bytes: int, failure: int) -> int:
-        return last_within(self.at, target_bytes, self.best, failure)
+        return first_reach(self.at, target_bytes, self.best, failure)
 
     def slope(self, batch: int) -> float:
         return (self.at(batch) - self.peaks[self.best]) / max(batch - self.best, 1)
@@ -172,6 +172,23 @@ def _chords(
     if not lines or probes[best].reserved_bytes is not None:
         lines.append(Line(peak_bytes, (peak_bytes - peaks[other]) / more))
     return lines
+
+
+def first_reach(curve: Callable[[int], float], target_bytes: float, fits: int, failure: int) -> int:
+    """`last_within` of a curve that may fall again: stops before what is found beyond the target.
+
+    A larger batch may take less, where its activations' blocks are first large enough for gradients
+    to use. So batches below the one found, at distances that double, are looked at too.
+    """
+    while True:
+        found = last_within(curve, target_bytes, fits, failure)
+        distances = (2**k for k in range((found - fits).bit_length()))
+        beyond = [
+            found - by for by in distances if fits < found - by and curve(found - by) > target_bytes
+        ]
+        if not beyond:
+            return found
+        failure = min(beyond)
 
 
 def last_within(curve: Callable[[int], float], target_bytes: float, fits: int, failure: int) -> int:

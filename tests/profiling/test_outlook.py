@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 
-from dpmem_profiling.outlook import Corrected, Line, Lines, last_within, outlook
+from dpmem_profiling.outlook import Corrected, Line, Lines, first_reach, last_within, outlook
 from dpmem_profiling.record import Probe
 
 
@@ -148,3 +148,14 @@ def test_where_the_stairs_of_a_forecast_begin() -> None:
     # 177 is the first of its stair: the next one too late by 1 / 176 would have shown there.
     assert forecast.late(320) == pytest.approx(320 / 176)
     assert Corrected(in_stairs_of_16, {16: 1000}, 16, None).late(16) == float("inf")
+
+
+def test_a_batch_beyond_a_hump_is_not_reached() -> None:
+    def humped(batch: int) -> float:
+        return 10.0 * batch + (300.0 if 40 <= batch < 70 else 0.0)
+
+    # 70 to 80 take no more than 800 again, and 51 to 69 do.
+    assert first_reach(humped, 650, 1, 1 << 20) == 39
+    assert first_reach(humped, 800, 1, 1 << 20) == 50
+    assert first_reach(humped, 1000, 1, 1 << 20) == 100
+    assert Corrected(humped, {10: 100, 20: 200}, 20, 10).reach(800, 1 << 20) == 50
