@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from dpmem.expected import Expected
 from dpmem.explain import explain_too_small
 from dpmem.forecast import forecast_of, is_one_of_many
 from dpmem.growth import note_of_a_leak, refuse_a_constant_step
-from dpmem.isolation import Room, explain_in_child, pickled_job, probe_in_child, room_in_child
+from dpmem.isolation import Room, explain_in_child, probe_in_child, room_in_child, why_failed
 from dpmem.jobs import (
     checked_budget,
     default_device,
@@ -30,6 +31,7 @@ from dpmem.jobs import (
     measure_within,
 )
 from dpmem.limits import Drift, search_within
+from dpmem.options import Options, refuse_to_differ
 from dpmem.restore import undisturbed
 from dpmem.targets import describe
 from dpmem_profiling import (
@@ -94,8 +96,12 @@ def find_batch_size(
 
     A step that would exceed the limit is stopped there, before the machine is. Not so across ranks:
     a rank that stopped within a collective would leave the others waiting, so there a step runs to
-    its end and is judged afterwards. A batch at which the target raises is not the end (batch
-    normalization refuses one sample): the search goes on with others.
+    its end and is judged afterwards, and one that fails on one rank alone may hold up the others
+    for as long as their process group lets them wait. Not so with isolate=True: the processes are
+    a group of their own, and the first that fails ends the others.
+
+    A batch at which the target raises is not the end (batch normalization refuses one sample): the
+    search goes on with others.
 
     Model, optimizer and `state` are afterwards as before, bit for bit, and so are the random states
     of torch, Python and NumPy; `dpmem.restore.undisturbed` says what that covers. The training
@@ -105,51 +111,37 @@ def find_batch_size(
     step leaves memory behind, so that no batch is safe for ever, a note says so.
 
     Raises ValueError for a budget that is not positive or more than the machine has, for none on
-    the CPU, for a safety outside [0, 1), a max_step_s that is not positive, a multiple_of below 1,
-    an unknown GPU, and, across ranks, for any of these on any rank; TypeError for arguments that do
-    not go together; InvalidJob, a ValueError, where a factory breaks its promise or a step takes
-    the same memory for whatever batch; torch.AcceleratorError where the device is lost; the
-    target's first error where it raised at every batch tried; and RuntimeError where a rank says
-    nothing for timeout_s.
+    the CPU, for a safety outside [0, 1), a max_step_s that is not positive, a max_batch or
+    multiple_of below 1, an unknown GPU, and, across ranks, for any of these on any rank and for
+    options that differ; TypeError for arguments that do not go together; InvalidJob, a ValueError,
+    where a factory breaks its promise or a step takes the same memory for whatever batch;
+    torch.AcceleratorError where the device is lost; the target's first error where it raised at
+    every batch tried; and RuntimeError where a rank says nothing for timeout_s.
     """
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of must be at least 1; received {multiple_of}")
-    if safety is not None and not 0 <= safety < 1:
-        raise ValueError(f"safety must be a fraction from 0 to below 1; received {safety}")
-    if not isinstance(target, Job) and (gpu is not None or isolate):
-        option = "gpu=" if gpu is not None else "isolate=True"
-        raise TypeError(
-            f"{option} needs a Job, which can be built elsewhere; "
-            f"received {type(target).__name__}; describe the step as a dpmem.Job"
-        )
-    if max_step_s is not None and max_step_s <= 0:
-        raise ValueError(f"max_step_s must be positive seconds; received {max_step_s}")
+    ranks = Ranks(timeout_s) if across_ranks else None
+    options = Options(safety, max_batch, max_step_s, multiple_of, gpu, isolate)
+    checked = partial(options.checked, target)
+    refuse_to_differ([checked()] if ranks is None else ranks.all_say(checked))
     if isinstance(target, Job) and target.longest_batch is not None:
         target = replace(target, batch=target.longest_batch)
     if gpu is not None:
         assert isinstance(target, Job)
-        if max_step_s is not None:
-            raise TypeError(
-                f"a forecast for {gpu} knows no times; received max_step_s={max_step_s}; leave it "
-                "out, or search on the GPU"
-            )
         return _predicted(target, gpu, max_batch, multiple_of, on_probe)
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
-    if isolate:
-        pickled_job(job)
-    ranks = Ranks(timeout_s) if across_ranks else None
-    with ExitStack() as undo:
-        if ranks is not None:
-            undo.enter_context(ranks)
-        if not isolate:
-            # Else nothing happens here, and to remember CUDA's random state takes a context.
-            undo.enter_context(undisturbed([*held, *state]))
+    # With isolate nothing happens here, and to remember CUDA's random state takes a context.
+    with nullcontext() if isolate else undisturbed([*held, *state]):
+        own = room_in_child if isolate else _room_here
         if ranks is None:
-            own = room_in_child if isolate else _room_here
             room = own(budget_bytes, device)
         else:
-            room = min(ranks.all_say(lambda: _room_here(budget_bytes, device)))
+            if budget_bytes is None and device.type == "cpu":
+                raise ValueError(
+                    "the ranks of a host share its memory, so across ranks on the CPU a budget "
+                    "must be stated; received none; pass budget_bytes to each"
+                )
+            rooms = ranks.all_say(lambda: own(budget_bytes, device))
+            room = min(rooms, key=lambda room: room.limit_bytes)
         expected = None
         if (
             device.type == "cuda"
@@ -211,9 +203,15 @@ class _Prober:
         if self._ranks is None:
             done, error = self._try(batch)
         else:
-            said = self._ranks.all_say(lambda: self._try(batch)[0])
-            done = max(said, key=_badness)
-            error = RuntimeError(f"rank {said.index(done)} {done.error}")
+            said = self._ranks.all_say(lambda: self._try(batch)[0], why_failed)
+            # In children, others fail for want of the one that failed first.
+            failed = self._ranks.first_failed()
+            done = max(said, key=_peak_bytes) if failed is None else said[failed]
+            error = RuntimeError(f"rank {failed} {done.error}")
+            # They step together.
+            times_s = [other.seconds for other in said if other.seconds is not None]
+            if failed is None and times_s:
+                done = replace(done, seconds=max(times_s))
         self._drift.sample()
         if done.outcome == "error":
             assert error is not None
@@ -235,7 +233,7 @@ class _Prober:
 
     def _try(self, batch: int) -> tuple[Probe, Exception | None]:
         if self._isolate:
-            done = probe_in_child(self._job, batch, self._device, self._room)
+            done = probe_in_child(self._job, batch, self._device, self._room, self._ranks)
             return done, RuntimeError(f"batch {batch}: the job {done.error}")
         try:
             with undisturbed(self._state):
@@ -255,9 +253,8 @@ def _room_here(budget_bytes: int | None, device: torch.device) -> Room:
     return Room(checked_budget(budget_bytes, device), None)
 
 
-def _badness(probe: Probe) -> tuple[int, int]:
-    order = ("fits", "retry", "oom", "error")
-    return order.index(probe.outcome), probe.reserved_bytes or probe.allocated_bytes or 0
+def _peak_bytes(probe: Probe) -> int:
+    return probe.peak_bytes or 0
 
 
 def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:

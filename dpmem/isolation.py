@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from dpmem.agreement import Ranks, Rendezvous, join
 from dpmem.explain import explain_too_small
 from dpmem.host import Peak, process_limit, process_peak_bytes
 from dpmem.jobs import checked_budget
@@ -24,6 +25,7 @@ Answer = TypeVar("Answer")
 
 # Source: proc(5). Whoever has the highest score is killed first, and raising one's own is allowed.
 _KILL_ME_FIRST = (Path("/proc/self/oom_score_adj"), "1000")
+_POLL_S = 0.1
 
 
 def pickled_job(job: Job) -> bytes:
@@ -55,7 +57,9 @@ def room_in_child(budget_bytes: int | None, device: torch.device) -> Room:
     return ask_child(partial(_room, budget_bytes, device))
 
 
-def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Probe:
+def probe_in_child(
+    job: Job, batch: int, device: torch.device, room: Room, ranks: Ranks | None = None
+) -> Probe:
     """Try `job` at one batch size in a fresh process, with one thread on the CPU.
 
     The child inherits this process's resource limits. Where the room is for all of a process, the
@@ -63,14 +67,31 @@ def probe_in_child(job: Job, batch: int, device: torch.device, room: Room) -> Pr
     when memory runs out, is "oom"; any other death is "error". Where the kernel must kill, the
     child is the first to go.
 
+    ranks  where each rank tries the batch: the children are ranks of their own group, and one that
+           fails ends them all, wherever they wait for it
+
     Raises TypeError where the job does not pickle, InvalidJob where it breaks its promise.
     """
+    rendezvous = None if ranks is None else ranks.rendezvous()
+    question = partial(_probe, pickled_job(job), batch, device, room, rendezvous)
     try:
-        return ask_child(partial(_probe, pickled_job(job), batch, device, room))
+        if ranks is None:
+            return ask_child(question)
+        # Told before the child ends: the others' then lose it, and fail for that.
+        return ask_child(
+            question, heard=lambda probe: ranks.note(why_failed(probe)), until=ranks.is_decided
+        )
     except _ChildDied as death:
         if death.exit_code == -signal.SIGKILL:
             return Probe(batch, "oom")
         return Probe(batch, "error", error=str(death))
+
+
+def why_failed(probe: Probe) -> str | None:
+    """What a rank's probe says to ranks that may wait for it; None where it ran."""
+    if probe.outcome == "oom":
+        return "ran out of memory"
+    return probe.error if probe.outcome == "error" else None
 
 
 def explain_in_child(job: Job, result: BatchSizeResult, device: torch.device) -> str:
@@ -84,13 +105,20 @@ def explain_in_child(job: Job, result: BatchSizeResult, device: torch.device) ->
 class _ChildDied(RuntimeError):  # noqa: N818 - reads as what it is
     """The child ended without an answer."""
 
-    def __init__(self, exit_code: int | None) -> None:
-        super().__init__(f"ended its process with exit code {exit_code}")
+    def __init__(self, words: str, exit_code: int | None = None) -> None:
+        super().__init__(words)
         self.exit_code = exit_code
 
 
-def ask_child(question: Callable[[], Answer | ValueError]) -> Answer:
+def ask_child(
+    question: Callable[[], Answer | ValueError],
+    heard: Callable[[Answer], None] = lambda answer: None,
+    until: Callable[[], bool] = lambda: False,
+) -> Answer:
     """What `question` returns in a fresh process.
+
+    heard  told of the answer while the process is still there
+    until  asked now and then; True ends the process
 
     Raises the ValueError that it returns, and _ChildDied where the process says nothing.
     """
@@ -101,10 +129,16 @@ def ask_child(question: Callable[[], Answer | ValueError]) -> Answer:
     # Else this process holds the writing end, too, and never hears of the child's death.
     there.close()
     try:
+        while not here.poll(_POLL_S):
+            if until():
+                raise _ChildDied("was stopped for another rank's")
         said: Answer | ValueError = here.recv()
+        if not isinstance(said, ValueError):
+            heard(said)
     except EOFError:
         child.join()
-        raise _ChildDied(child.exitcode) from None
+        words = f"ended its process with exit code {child.exitcode}"
+        raise _ChildDied(words, child.exitcode) from None
     finally:
         # It has said all it had to say, and a process may hang while torch and its threads end.
         child.kill()
@@ -133,11 +167,15 @@ def _room(budget_bytes: int | None, device: torch.device) -> Room | ValueError:
         return error
 
 
-def _probe(pickled: bytes, batch: int, device: torch.device, room: Room) -> Probe | ValueError:
+def _probe(
+    pickled: bytes, batch: int, device: torch.device, room: Room, rendezvous: Rendezvous | None
+) -> Probe | ValueError:
     # Imported here: finder imports this module.
     from dpmem.finder import measured_probe
 
     try:
+        if rendezvous is not None:
+            join(rendezvous, device)
         done = measured_probe(pickle.loads(pickled), batch, device, room.limit_bytes)
     except InvalidJob as error:
         return error

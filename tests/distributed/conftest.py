@@ -60,11 +60,11 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self.scratch = tempfile.TemporaryDirectory()
         for rank in range(self.world_size):
+            # No daemon, which may have no children of its own. Without this process it ends, too.
             here, there = context.Pipe()
             process = context.Process(
                 target=rank_process.serve,
                 args=(rank, self.world_size, self.scratch.name, there),
-                daemon=True,
             )
             process.start()
             self.processes.append(process)

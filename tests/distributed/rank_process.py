@@ -9,6 +9,7 @@ from typing import Any
 def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import backward_tasks
     import behaviour_tasks
+    import finding_tasks
     import scaling_tasks
     import sharding_jobs
     import tasks
@@ -29,6 +30,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         tasks,
         backward_tasks,
         behaviour_tasks,
+        finding_tasks,
         scaling_tasks,
         sharding_jobs,
         wire_tasks,

@@ -31,3 +31,42 @@ def test_a_budget_that_is_wrong_on_one_rank(ranks: Callable[[int], Any]) -> None
     assert {type(error) for error in errors} == {ValueError}
     assert len({str(error) for error in errors}) == 1
     assert "rank 1: ValueError: a budget must be positive; received -1" in str(errors[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"safety": [0.1, 2.0]}, "rank 1: ValueError: safety must be a fraction"),
+        ({"multiple_of": [0, 8]}, "rank 0: ValueError: multiple_of must be at least 1"),
+        ({"max_batch": [16, 64]}, "rank 0 received max_batch=16 and rank 1 max_batch=64"),
+        ({"safety": [None, 0.5]}, "rank 0 received safety=None and rank 1 safety=0.5"),
+    ],
+)
+def test_options_that_are_wrong_or_others_on_one_rank(
+    ranks: Callable[[int], Any], options: dict[str, list[Any]], words: str
+) -> None:
+    errors = ranks(2).errors("find_with_options", **options)
+    assert {type(error) for error in errors} == {ValueError}
+    assert len({str(error) for error in errors}) == 1
+    assert words in str(errors[0])
+
+
+def test_the_slowest_rank_counts(ranks: Callable[[int], Any]) -> None:
+    results = ranks(2).run("find_with_a_slow_rank")
+    assert results[0] == results[1]
+    assert results[0].largest_safe == 3
+    assert "slow" in {probe.outcome for probe in results[0].probes}
+
+
+def test_a_silent_rank_is_named_on_all(ranks: Callable[[int], Any]) -> None:
+    errors = ranks(2).errors("find_with_a_silent_rank")
+    assert len({str(error) for error in errors}) == 1
+    assert "within timeout_s=1 what it found; rank 1 did not" in str(errors[0])
+
+
+def test_a_rank_that_runs_out_in_a_child_keeps_nobody_waiting(ranks: Callable[[int], Any]) -> None:
+    (one, total), (other, _) = ranks(2).run("find_in_children")
+    assert one == other
+    assert [(probe.batch, probe.outcome) for probe in one.probes] == [(1, "fits"), (2, "oom")]
+    assert one.largest_fitting == 1
+    assert total == 2
