@@ -15,13 +15,15 @@ import signal
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,7 +43,7 @@ def undisturbed(objects: Iterable[Any]) -> Iterator[None]:
     flags and every other attribute, optimizer state, parameter groups, learning rates and loss
     scale. This holds after any exception, too. A Ctrl-C that comes while the state is put back
     waits until all of it is. What no object here holds cannot be put back: an iterator that the
-    block advances, an array of NumPy that it writes into.
+    block advances, what an object of an unknown kind keeps in its attributes, unless it is given.
     """
     memory = _Memory()
     for held in objects:
@@ -63,9 +65,10 @@ class _Memory:
         self._seen: dict[int, Any] = {}
 
     def restore(self) -> None:
-        with torch.no_grad():
-            for undo in self._undo:
-                undo()
+        with torch.no_grad(), ExitStack() as every:
+            # One that raises does not keep the others from being put back. The first comes first.
+            for undo in reversed(self._undo):
+                every.callback(undo)
 
     def keep(self, value: Any, *, explicitly: bool = False) -> None:
         """Remember `value` and all state that can be reached from it."""
@@ -85,9 +88,6 @@ class _Memory:
         if torch.cuda.is_available():
             devices = torch.cuda.get_rng_state_all()
             self._undo.append(lambda: torch.cuda.set_rng_state_all(devices))
-        # torch imports it where it is there.
-        import numpy as np
-
         numpy_state = np.random.get_state()
         self._undo.append(lambda: np.random.set_state(numpy_state))
 
@@ -116,12 +116,20 @@ class _Memory:
         elif isinstance(value, random.Random):
             python_state = value.getstate()
             self._undo.append(lambda: value.setstate(python_state))
+        elif isinstance(value, np.random.Generator):
+            bits, bits_state = value.bit_generator, value.bit_generator.state
+            self._undo.append(lambda: setattr(bits, "state", bits_state))
+        elif isinstance(value, np.ndarray) and value.flags.writeable:
+            array = value.copy()
+            self._undo.append(lambda: np.copyto(value, array))
         elif not isinstance(value, type) and (explicitly or _is_stateful(value)):
             if not hasattr(value, "__dict__"):
                 raise TypeError(
                     "what is to be put back must hold its state in attributes; received "
                     f"{type(value).__name__}; pass the object that holds it"
                 )
+            kind = type(value)
+            self._undo.append(lambda: _set_class(value, kind))
             return [vars(value)]
         return []
 
@@ -129,16 +137,25 @@ class _Memory:
         if not tensor.is_leaf:
             # Made by a graph, and kept by nobody's contract.
             return []
-        alias, gradient = tensor.data, tensor.grad
-        bits = alias.to("cpu", copy=True)
+        kind, alias, gradient = type(tensor), tensor.data, tensor.grad
+        # What is lazy, or meta, has no memory yet.
+        memory = None if is_lazy(tensor) or tensor.is_meta else _once(alias)
+        bits = None if memory is None else memory.to("cpu", copy=True)
         requires_grad = tensor.requires_grad
 
         def undo() -> None:
-            alias.copy_(bits)
+            if memory is not None and bits is not None:
+                memory.copy_(bits)
+            if not tensor.is_leaf:
+                # Written into by what a graph made.
+                tensor.detach_()
             # Somebody may have given the tensor other memory, as `module.to` does.
             tensor.data = alias
-            tensor.requires_grad_(requires_grad)
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
+            # A lazy parameter becomes another kind as its shape is known.
+            _set_class(tensor, kind)
 
         self._undo.append(undo)
         hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -153,6 +170,21 @@ def _is_stateful(value: Any) -> bool:
     return isinstance(value, _STATEFUL) or (
         type(value).__module__.split(".")[0] == "dpmem" and hasattr(value, "__dict__")
     )
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that shows its memory once: what expands shows it many times."""
+    if tensor.layout == torch.strided:
+        for dimension, stride in enumerate(tensor.stride()):
+            if stride == 0:
+                tensor = tensor.narrow(dimension, 0, min(1, tensor.size(dimension)))
+    return tensor
+
+
+def _set_class(value: Any, kind: type) -> None:
+    """A lazy module becomes another kind as well."""
+    if type(value) is not kind:
+        value.__class__ = kind
 
 
 def _refill_dict(held: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:

@@ -207,3 +207,67 @@ def test_objects_stay_the_same_ones() -> None:
     assert not optimizer.state
     model(torch.ones(1, 3)).sum().backward()
     assert model.bias.grad.tolist() == [1, 1, 1]
+
+
+def test_buffers_and_arrays_of_every_kind() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("expanded", torch.zeros(1, 2).expand(3, 2), persistent=False)
+            self.register_buffer("meta", torch.empty(2, device="meta"))
+            self.seen = np.zeros(2)
+            self.generator = np.random.default_rng(0)
+
+    model = Model()
+    expanded, drawn = model.expanded, np.random.default_rng(0).random(3).tolist()
+    with undisturbed([model]):
+        model.expanded[0] += 1
+        model.expanded = torch.ones(3, 2)
+        model.seen += 1
+        model.generator.random(5)
+    assert model.expanded is expanded
+    assert not expanded.any()
+    assert model.seen.tolist() == [0, 0]
+    assert model.generator.random(3).tolist() == drawn
+
+
+def test_a_lazy_model_is_lazy_again() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    optimizer = torch.optim.Adam(model.parameters())
+    with undisturbed([model, optimizer]):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    assert isinstance(model[0], nn.LazyLinear)
+    assert model(torch.ones(2, 5)).shape == (2, 4)
+    model(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+
+
+def test_what_became_part_of_a_graph_leaves_it() -> None:
+    """An average of weights that forgets `no_grad`."""
+    average, weight = torch.zeros(2), torch.ones(2, requires_grad=True)
+    model = nn.Linear(2, 2)
+    before = model.weight.tolist()
+    with undisturbed([[average, model]]):
+        average.lerp_(weight, 0.5)
+        nn.init.zeros_(model.weight)
+    assert average.tolist() == [0, 0]
+    assert not average.requires_grad
+    assert model.weight.tolist() == before
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it() -> None:
+    class Stubborn:
+        @property
+        def __dict__(self) -> dict[str, int]:  # type: ignore[override]
+            return Refuses(a=1)
+
+    class Refuses(dict[str, int]):
+        def clear(self) -> None:
+            raise KeyError("not mine")
+
+    model = nn.Linear(2, 2)
+    before = model.weight.tolist()
+    with pytest.raises(KeyError, match="not mine"), undisturbed([Stubborn(), model]):
+        nn.init.zeros_(model.weight)
+    assert model.weight.tolist() == before
