@@ -259,6 +259,7 @@ def _peak_bytes(probe: Probe) -> int:
 
 def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:
     """Run `job` at one batch size. Raises whatever the job does, but not for memory."""
+    retries = _allocator_retries(device)
     try:
         record = measure_within(job, batch, device, limit_bytes)
     except (RuntimeError, MemoryError) as error:
@@ -269,7 +270,7 @@ def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int 
         return Probe(batch, "oom", allocated_bytes=live_bytes)
     return Probe(
         batch,
-        "fits",
+        "fits" if _allocator_retries(device) == retries else "retry",
         allocated_bytes=record.peak_allocated_bytes,
         reserved_bytes=record.peak_reserved_bytes,
         device_bytes=record.device_bytes,
@@ -278,6 +279,14 @@ def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int 
         batch_bytes=record.peak_by_category.get("input", 0),
         growth_bytes=record.growth_bytes,
     )
+
+
+def _allocator_retries(device: torch.device) -> int:
+    """How often CUDA's allocator gave memory back and asked again: the next step may not get it."""
+    if device.type != "cuda":
+        return 0
+    # Absent before the process first uses CUDA.
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 def _predicted(

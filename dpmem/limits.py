@@ -94,7 +94,8 @@ def ran_out_below_limit(result: BatchSizeResult) -> int | None:
     if fitting is None or not above:
         return None
     failed = min(above, key=lambda probe: probe.batch)
-    if failed.outcome != "oom" or failed.peak_bytes is not None:
+    stopped_at_limit = failed.outcome == "oom" and failed.peak_bytes is not None
+    if failed.outcome not in ("oom", "retry") or stopped_at_limit:
         return None
     points = [point for point in result.curve if point[0] <= fitting]
     batch, peak_bytes = points[-1]

@@ -5,15 +5,18 @@ The GPU's figures are put where the driver would answer.
 
 import resource
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from dpmem import host, jobs, limits
+import dpmem
+from dpmem import finder, host, jobs, limits
 from dpmem.limits import Drift, outside_bytes, search_within
-from dpmem_profiling import BatchSizeResult, NvmlUnavailable, Probe
+from dpmem_profiling import BatchSizeResult, MemoryRecord, NvmlUnavailable, Probe
 from dpmem_profiling.tried import Tried
 
 CUDA = torch.device("cuda", 0)
@@ -73,6 +76,13 @@ def test_what_the_allocator_holds_beyond_tensors_is_kept_free() -> None:
 def test_a_gap_that_is_the_whole_limit_leaves_nothing() -> None:
     found = within(lambda n: Probe(n, "fits", allocated_bytes=n, reserved_bytes=999_999 + n))
     assert found.largest_safe is None
+
+
+def test_an_allocators_retry_is_a_sign_of_memory() -> None:
+    found = within(lambda n: replace(plain(n), outcome="retry") if n >= 61 else plain(n))
+    assert found.largest_fitting == 60
+    assert found.limit_bytes == 600_000
+    assert found.largest_safe == 58
 
 
 def test_memory_that_runs_out_below_the_limit_is_the_limit() -> None:
@@ -197,3 +207,18 @@ def test_a_machine_that_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(host, "_ROOT", tmp_path)
     assert host.memory_bytes() is None
     assert host.process_limit() is None
+
+
+def test_an_allocators_retry_is_no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    retries = iter([3, 4, 4, 4])
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"num_alloc_retries": next(retries)})
+    measure_within = jobs.measure_within
+
+    def on_cpu(job: dpmem.Job, n: int, _: torch.device, limit_bytes: int | None) -> MemoryRecord:
+        return measure_within(job, n, torch.device("cpu"), limit_bytes)
+
+    monkeypatch.setattr(finder, "measure_within", on_cpu)
+    job = dpmem.Job(lambda: nn.Linear(2, 2), lambda n: torch.randn(n, 2), lambda m, x: m(x).sum())
+    first, second = (finder.measured_probe(job, 4, CUDA, None) for _ in range(2))
+    assert (first.outcome, second.outcome) == ("retry", "fits")
+    assert first.peak_bytes == second.peak_bytes
