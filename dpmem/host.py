@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,16 +61,42 @@ def _physical_bytes() -> tuple[int, int] | None:
     if not meminfo.is_file():
         return None
     free_bytes, total_bytes = (_kib(meminfo, key) for key in ("MemAvailable", "MemTotal"))
-    # A container has less than its host. Control groups, version 2 and version 1.
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        group = _ROOT / "sys/fs/cgroup"
+    # A container has less than its host, and a batch system's job less than its machine.
+    for group, limit, usage, cache in _control_groups():
         if (group / limit).is_file() and (text := (group / limit).read_text().strip()) != "max":
+            used_bytes = int((group / usage).read_text()) - _cached_bytes(group, cache)
             total_bytes = min(total_bytes, int(text))
-            free_bytes = min(free_bytes, int(text) - int((group / usage).read_text()))
+            free_bytes = min(free_bytes, int(text) - used_bytes)
     return max(free_bytes, 0), total_bytes
+
+
+def _control_groups() -> Iterator[tuple[Path, str, str, str]]:
+    """This process's groups and those around them, with the files of limit and use, and the key in
+    memory.stat of files that were read: version 2, then version 1."""
+    two = ("memory.max", "memory.current", "inactive_file")
+    one = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    own = _ROOT / "proc/self/cgroup"
+    mounted = _ROOT / "sys/fs/cgroup"
+    # Source: cgroups(7), hierarchy:controllers:path. A container may not see its path: its own
+    # group is then the root.
+    lines = own.read_text().splitlines() if own.is_file() else []
+    places = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    of_memory = next((path for names, path in places.items() if "memory" in names.split(",")), "/")
+    for root, path, files in (
+        (mounted, places.get("", "/"), two),
+        (mounted / "memory", of_memory, one),
+    ):
+        group = root / path.lstrip("/")
+        for around in (group, *group.parents):
+            if around.is_relative_to(root):
+                yield (around, *files)
+
+
+def _cached_bytes(group: Path, key: str) -> int:
+    """What a group is charged for files that were read, which makes room when memory is asked."""
+    stat = group / "memory.stat"
+    found = stat.is_file() and re.search(rf"^{key} (\d+)$", stat.read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _address_space_bytes() -> int | None:

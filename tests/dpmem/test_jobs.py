@@ -282,8 +282,49 @@ MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    60
             },
             (300_000, 400_000),
         ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/slurm/job 7/step\n",
+                "sys/fs/cgroup/slurm/job 7/memory.max": "400000\n",
+                "sys/fs/cgroup/slurm/job 7/memory.current": "300000\n",
+                "sys/fs/cgroup/slurm/job 7/memory.stat": "file 9\ninactive_file 50000\n",
+                "sys/fs/cgroup/slurm/job 7/step/memory.max": "max\n",
+            },
+            (150_000, 400_000),
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "9:name=systemd:/\n4:cpu,memory:/pbs\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "100000\n",
+                "sys/fs/cgroup/memory/pbs/memory.limit_in_bytes": "400000\n",
+                "sys/fs/cgroup/memory/pbs/memory.usage_in_bytes": "300000\n",
+                "sys/fs/cgroup/memory/pbs/memory.stat": "total_inactive_file 40000\n",
+            },
+            (140_000, 400_000),
+        ),
+        (
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/docker/0b11\n",
+                "sys/fs/cgroup/memory.max": "400000\n",
+                "sys/fs/cgroup/memory.current": "100000\n",
+            },
+            (300_000, 400_000),
+        ),
     ],
-    ids=["not Linux", "plain", "cgroup without a limit", "cgroup 2", "cgroup 1"],
+    ids=[
+        "not Linux",
+        "plain",
+        "cgroup without a limit",
+        "cgroup 2",
+        "cgroup 1",
+        "nested cgroups 2",
+        "nested cgroup 1",
+        "a container that sees not its path",
+    ],
 )
 def test_host_memory(
     tmp_path: Path,
