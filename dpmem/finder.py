@@ -21,12 +21,13 @@ from torch.optim import Optimizer
 from dpmem.agreement import Ranks
 from dpmem.expected import Expected
 from dpmem.explain import explain_too_small
-from dpmem.forecast import forecast_of, is_one_of_many
+from dpmem.forecast import forecast_of
 from dpmem.growth import note_of_a_leak, refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, probe_in_child, room_in_child, why_failed
 from dpmem.jobs import (
     checked_budget,
     default_device,
+    is_one_of_many,
     is_out_of_memory,
     measure_within,
 )
@@ -45,7 +46,7 @@ from dpmem_profiling import (
 )
 from dpmem_profiling.estimate import BAND_ABOVE, outside_bytes_of
 from dpmem_profiling.gpus import gpu as gpu_named
-from dpmem_profiling.tried import Tried, in_multiples
+from dpmem_profiling.tried import Tried, in_multiples, timed_between
 
 Target = Job | Callable[[int], None] | tuple[nn.Module, Optimizer | None]
 
@@ -61,6 +62,7 @@ def find_batch_size(
     max_batch: int = 2**20,
     max_step_s: float | None = None,
     multiple_of: int = 1,
+    timed_batches: int = 0,
     device: torch.device | None = None,
     gpu: str | None = None,
     isolate: bool = False,
@@ -84,10 +86,13 @@ def find_batch_size(
                   CUDA's allocator held beyond the tensors where that is more, and on top what
                   others took of the GPU during the search.
     max_batch     no larger batch is tried
-    max_step_s    a batch whose step takes more seconds is no answer; of each, one step is timed
+    max_step_s    a batch whose step takes more seconds is no answer; of each batch one step is
+                  timed, or the fastest of five short ones
     multiple_of   the answers are multiples of this: of 8, of the number of ranks
+    timed_batches try so many more batches below the safe one, spread over the curve: to know better
+                  which is fastest
     gpu           predict for this GPU, which need not be here ("a100-40gb"); a Job only. The
-                  margin is then the forecast's own, and `safety` plays no part.
+                  margin is by default the forecast's own.
     isolate       try each batch in a process of its own, which may crash; a Job that pickles only
     across_ranks  every rank of the process group calls this and gets the same answer: all try the
                   same batch, the smallest budget and the worst outcome count
@@ -119,14 +124,18 @@ def find_batch_size(
     every batch tried; and RuntimeError where a rank says nothing for timeout_s.
     """
     ranks = Ranks(timeout_s) if across_ranks else None
-    options = Options(safety, max_batch, max_step_s, multiple_of, gpu, isolate)
+    options = Options(safety, max_batch, max_step_s, multiple_of, timed_batches, gpu, isolate)
     checked = partial(options.checked, target)
     refuse_to_differ([checked()] if ranks is None else ranks.all_say(checked))
     if isinstance(target, Job) and target.longest_batch is not None:
         target = replace(target, batch=target.longest_batch)
     if gpu is not None:
         assert isinstance(target, Job)
-        return _predicted(target, gpu, max_batch, multiple_of, on_probe)
+        if budget_bytes is not None:
+            raise TypeError(
+                f"gpu={gpu!r} knows its memory; received budget_bytes, too; give one of them"
+            )
+        return _predicted(target, gpu, safety, max_batch, multiple_of, on_probe)
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
     # With isolate nothing happens here, and to remember CUDA's random state takes a context.
@@ -169,7 +178,7 @@ def find_batch_size(
         if result.largest_safe is None and ranks is None and not too_slow:
             explain = explain_in_child if isolate else explain_too_small
             result = replace(result, explanation=explain(job, result, device))
-        result = in_multiples(result, tried, multiple_of)
+        result = timed_between(in_multiples(result, tried, multiple_of), tried, timed_batches)
         of_forecast = () if expected is None else expected.notes()
         return replace(result, notes=(*result.notes, *of_forecast, *note_of_a_leak(result)))
 
@@ -292,6 +301,7 @@ def _allocator_retries(device: torch.device) -> int:
 def _predicted(
     job: Job,
     gpu: str,
+    safety: float | None,
     max_batch: int,
     multiple_of: int,
     on_probe: Callable[[Probe], None] | None,
@@ -299,6 +309,7 @@ def _predicted(
     known = gpu_named(gpu)
     forecast = forecast_of(job)
     limit_bytes = known.total_bytes - outside_bytes_of(known)
+    by_forecast = limit_bytes - int(limit_bytes / (1 + BAND_ABOVE))
     tried = Tried(
         lambda batch: Probe(batch, "fits", predicted_bytes=forecast.reserved_bytes(batch, known)),
         on_probe,
@@ -306,7 +317,7 @@ def _predicted(
     result = search(
         tried,
         limit_bytes=limit_bytes,
-        margin_bytes=limit_bytes - int(limit_bytes / (1 + BAND_ABOVE)),
+        margin_bytes=by_forecast if safety is None else int(limit_bytes * safety),
         max_batch=max_batch,
         source="predicted",
     )

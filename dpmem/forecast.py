@@ -16,7 +16,7 @@ from torch._C import _distributed_c10d as c10d
 from torch.optim import Optimizer
 
 from dpmem.ddp_rule import bucket_tensors, by_rule
-from dpmem.jobs import owned_tensors
+from dpmem.jobs import is_one_of_many, owned_tensors
 from dpmem.targets import load_job
 from dpmem.terminal import as_json, bytes_or_unknown, finding, run_job
 from dpmem.traced_sharding import sharding_without_data
@@ -71,11 +71,6 @@ def forecast_of(job: Job, world_size: int = 1) -> Forecast:
             "another process"
         )
     return Forecast(job, owned=_owned, around=lambda: _among(world_size))
-
-
-def is_one_of_many() -> bool:
-    """Is this process a rank beside others?"""
-    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:

@@ -16,6 +16,7 @@ class Options(NamedTuple):
     max_batch: int
     max_step_s: float | None
     multiple_of: int
+    timed_batches: int
     gpu: str | None
     isolate: bool
 
@@ -25,6 +26,8 @@ class Options(NamedTuple):
         for name, value in (("max_batch", self.max_batch), ("multiple_of", self.multiple_of)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; received {value}")
+        if self.timed_batches < 0:
+            raise ValueError(f"timed_batches must not be negative; received {self.timed_batches}")
         if self.safety is not None and not 0 <= self.safety < 1:
             raise ValueError(f"safety must be a fraction from 0 to below 1; received {self.safety}")
         if self.max_step_s is not None and not self.max_step_s > 0:
@@ -38,12 +41,21 @@ class Options(NamedTuple):
                 )
         elif self.isolate:
             pickled_job(target)
-        if self.gpu is not None and self.max_step_s is not None:
-            raise TypeError(
-                f"a forecast for {self.gpu} knows no times; received "
-                f"max_step_s={self.max_step_s}; leave it out, or search on the GPU"
-            )
+        if self.gpu is not None:
+            self._check_forecast(self.gpu)
         return self
+
+    def _check_forecast(self, gpu: str) -> None:
+        for name, value in (
+            ("max_step_s", self.max_step_s),
+            ("timed_batches", self.timed_batches),
+            ("isolate", self.isolate),
+        ):
+            if value:
+                raise TypeError(
+                    f"a forecast for {gpu} knows no times and runs no steps; received "
+                    f"{name}={value}; leave it out, or search on the GPU"
+                )
 
 
 def refuse_to_differ(said: Sequence[Options]) -> None:

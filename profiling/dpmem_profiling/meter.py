@@ -28,6 +28,9 @@ from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.timeline import largest_at_peak, replay
 from dpmem_profiling.tracker import MemoryTracker
 
+# Schedules that end do not take many steps more.
+_TIMED_STEPS = 5
+
 
 def measure(
     job: Job,
@@ -38,6 +41,7 @@ def measure(
     owned: Owned | None = None,
     limit_bytes: int | None = None,
     world_size: int = 1,
+    timing_s: float = 0.0,
 ) -> MemoryRecord:
     """Build the job, run `warmup_steps` steps, record one more, time another, and tear it all down.
 
@@ -48,6 +52,8 @@ def measure(
                   steps for memory that only a wrapper can name, such as "bucket" or "compressed"
     limit_bytes   raise MemoryLimitExceeded as soon as the live tensors are more than this
     world_size    written into the record; the bytes are this process's
+    timing_s      time up to five steps within so long, one at least; the fastest counts. How many
+                  depends on the clock, so it is not for steps that wait for other processes'.
 
     Afterwards, also after an error, the memory is free and the random states of torch (CPU and
     CUDA), Python and NumPy are what they were.
@@ -67,7 +73,9 @@ def measure(
     where = _resolve(device)
     with _random_states_kept(), _garbage_collected():
         try:
-            return _measure(job, batch_size, where, warmup_steps, owned, limit_bytes, world_size)
+            return _measure(
+                job, batch_size, where, warmup_steps, owned, limit_bytes, world_size, timing_s
+            )
         except BaseException as error:
             # Ctrl-C, too, holds the frames that it interrupted.
             _let_go(error)
@@ -94,6 +102,7 @@ def _measure(
     owned: Owned | None,
     limit_bytes: int | None,
     world_size: int,
+    timing_s: float,
 ) -> MemoryRecord:
     cuda = _cuda_meter(device)
     block_bytes = 1 if cuda is None else MIN_BLOCK_BYTES
@@ -170,13 +179,24 @@ def _measure(
         persistent_bytes={name: size for name, size in persistent_bytes.items() if size},
         timeline=replayed.points,
         tensors_at_peak=largest_at_peak(replayed, tracker.storages, category_of),
-        step_s=_timed_step(job, built, batch_size, device),
+        step_s=_fastest_step(job, built, batch_size, device, timing_s),
         notes=tuple(notes),
     )
 
 
 def _cuda_meter(device: torch.device) -> CudaMeter | None:
     return CudaMeter(device) if device.type == "cuda" else None
+
+
+def _fastest_step(
+    job: Job, built: Built, batch_size: int, device: torch.device, timing_s: float
+) -> float:
+    """Seconds of the fastest step within `timing_s`: what else the machine does only adds."""
+    end_s = perf_counter() + timing_s
+    times_s = [_timed_step(job, built, batch_size, device)]
+    while perf_counter() < end_s and len(times_s) < _TIMED_STEPS:
+        times_s.append(_timed_step(job, built, batch_size, device))
+    return min(times_s)
 
 
 def _timed_step(job: Job, built: Built, batch_size: int, device: torch.device) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 from dpmem_profiling.record import BatchSizeResult, Probe
 
@@ -63,6 +65,7 @@ def in_multiples(result: BatchSizeResult, tried: Tried, multiple_of: int) -> Bat
         if safe != result.largest_safe:
             limited_by += f"; rounded down from {result.largest_safe}, no multiple of {multiple_of}"
     elif result.largest_safe is not None:
+        peak_bytes = result.curve[0][1]
         limited_by = (
             f"no multiple of {multiple_of} is safe; without that condition "
             f"{result.largest_safe} is: {limited_by}"
@@ -77,5 +80,27 @@ def in_multiples(result: BatchSizeResult, tried: Tried, multiple_of: int) -> Bat
             multiple_of=multiple_of,
         )
     )
-    rates = rounded.samples_per_second()
-    return replace(rounded, fastest=max(rates, key=lambda batch: rates[batch], default=None))
+    return _with_fastest(rounded)
+
+
+def timed_between(result: BatchSizeResult, tried: Tried, more: int) -> BatchSizeResult:
+    """`result` after so many more batches below the safe one, tried for the sake of their speed.
+
+    Each lies in the middle of the widest gap between those tried so far, as a ratio: a step's time
+    changes with the batch's order of magnitude. Fewer where no gap is left.
+    """
+    step, safe = result.multiple_of, result.largest_safe
+    for _ in range(more if safe is not None else 0):
+        known = [n // step for n in tried.probes if n % step == 0 and n <= (safe or 0)]
+        # Half a step lies below all that can be tried.
+        gaps = [(low, high) for low, high in pairwise([0.5, *sorted(known)]) if high - int(low) > 1]
+        if not gaps:
+            break
+        low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
+        tried(step * min(max(round(math.sqrt(low * high)), int(low) + 1), int(high) - 1))
+    return _with_fastest(tried.completing(result))
+
+
+def _with_fastest(result: BatchSizeResult) -> BatchSizeResult:
+    rates = result.samples_per_second()
+    return replace(result, fastest=max(rates, key=lambda batch: rates[batch], default=None))

@@ -46,6 +46,23 @@ def test_predicted_is_the_largest_batch_of_the_estimate() -> None:
     assert found.largest_fitting > found.largest_safe
 
 
+def test_a_stated_safety_takes_the_forecasts_margins_place() -> None:
+    job = replace(JOB, model=lambda: nn.Linear(1 << 20, 8), batch=wide)
+    found = dpmem.find_batch_size(job, gpu="a100-40gb", safety=0.25)
+    assert found.margin_bytes == found.limit_bytes // 4
+    assert found.peak_bytes <= found.limit_bytes - found.margin_bytes
+
+
+def test_more_batches_are_timed_on_request() -> None:
+    options = {"budget_bytes": 1 << 20, "device": CPU}
+    plain = dpmem.find_batch_size(JOB, **options)
+    more = dpmem.find_batch_size(JOB, timed_batches=3, **options)
+    assert len(more.samples_per_second()) == len(plain.samples_per_second()) + 3
+    assert more.largest_safe == plain.largest_safe
+    with pytest.raises(ValueError, match="must not be negative; received -1"):
+        dpmem.find_batch_size(JOB, timed_batches=-1, **options)
+
+
 def test_a_step_counts_what_its_model_holds() -> None:
     live = model()
 
@@ -68,6 +85,10 @@ def test_a_step_counts_what_its_model_holds() -> None:
         (nn.Linear(1, 1), {}, "needs a Job, "),
         ((nn.Linear(1, 1), 3), {"batch": batch, "loss": loss}, r"received \(Linear, int\)"),
         (replace(JOB, loss=lambda m, x: x.sum()), {"isolate": True}, "must be importable"),
+        (JOB, {"gpu": "a100-40gb"}, "knows its memory; received budget_bytes"),
+        (JOB, {"gpu": "a100-40gb", "budget_bytes": None, "max_step_s": 1.0}, "max_step_s=1.0"),
+        (JOB, {"gpu": "a100-40gb", "budget_bytes": None, "timed_batches": 2}, "timed_batches=2"),
+        (JOB, {"gpu": "a100-40gb", "budget_bytes": None, "isolate": True}, "isolate=True"),
     ],
 )
 def test_what_does_not_go_together(target: Any, options: dict[str, Any], words: str) -> None:

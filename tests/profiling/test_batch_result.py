@@ -8,7 +8,7 @@ import pytest
 
 from dpmem_profiling import BatchSizeResult, Probe, search
 from dpmem_profiling.report.batch_words import batch_size_rows
-from dpmem_profiling.tried import Tried, in_multiples
+from dpmem_profiling.tried import Tried, in_multiples, timed_between
 
 
 def line(seconds: Callable[[int], float] = lambda n: 0.01 * n) -> Callable[[int], Probe]:
@@ -59,6 +59,8 @@ def test_a_multiple_that_does_not_fit_is_passed_over() -> None:
 def test_no_multiple_is_safe() -> None:
     result = found(line(), 85)
     assert (result.largest_safe, result.largest_fitting, result.fastest) == (None, 85, None)
+    # That of the smallest batch.
+    assert result.peak_bytes == 110
     assert result.limited_by.startswith("no multiple of 85 is safe; without that condition 80 is")
     with pytest.raises(ValueError, match="at least 1; received 0"):
         found(line(), 0)
@@ -102,6 +104,31 @@ def test_accumulation_that_serves_better_is_named() -> None:
     assert words == (
         "1, 100 samples/s; accumulation serves better than batch 80: 1 at a time is 25% faster"
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "multiple_of", "expected"),
+    [
+        # 1, 4, 80 and 90 are tried in any case, 88 where 90 is no multiple.
+        (0, 1, []),
+        (2, 1, [18, 8]),
+        (2, 8, [16, 32]),
+        (9, 32, [32]),
+        (2, 85, []),
+    ],
+)
+def test_more_batches_are_timed_in_the_widest_gaps(
+    more: int, multiple_of: int, expected: list[int]
+) -> None:
+    tried = Tried(line(lambda n: n / (200 if n == 18 else 100)))
+    result = search(tried, limit_bytes=1000, margin_bytes=100)
+    before = in_multiples(tried.completing(result), tried, multiple_of)
+    after = timed_between(before, tried, more)
+    assert [probe.batch for probe in after.probes[len(before.probes) :]] == expected
+    assert set(expected) <= set(after.samples_per_second()) <= set(dict(after.curve))
+    assert after.largest_safe == before.largest_safe
+    if 18 in expected:
+        assert after.fastest == 18
 
 
 def test_a_result_survives_json() -> None:

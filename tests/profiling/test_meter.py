@@ -2,6 +2,7 @@
 
 import gc
 import random
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -382,3 +383,20 @@ def test_measuring_does_not_depend_on_what_is_live_already() -> None:
 def test_impossible_arguments(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure(MLP, **{"batch_size": 4, **wrong})
+
+
+def test_short_steps_are_timed_again_and_the_fastest_counts() -> None:
+    took_s = iter([0.0, 0.0, 0.0, 0.03, 0.001, 0.03, 0.03, 0.03])
+
+    def step(context: StepContext) -> None:
+        time.sleep(next(took_s))
+
+    job = Job(lambda: nn.Linear(1, 1), lambda n: torch.zeros(n, 1), step=step)
+    record = measure(job, 1, warmup_steps=2, timing_s=60.0)
+    assert record.step_s is not None
+    assert 0.001 <= record.step_s < 0.03
+    # Two to warm up, one recorded, five timed.
+    assert list(took_s) == []
+    took_s = iter([0.0] * 4)
+    measure(job, 1, warmup_steps=2)
+    assert list(took_s) == []
