@@ -20,6 +20,7 @@ from dpmem.jobs import (
     is_out_of_memory,
     measure_job,
 )
+from dpmem.options import Options
 from dpmem.replay_command import replay_command
 from dpmem.targets import TargetError, describe, load_job
 from dpmem.terminal import (
@@ -130,34 +131,76 @@ def _print_demo(result: "DemoResult") -> None:
     show_default=True,
     help="Answer in multiples: of 8, of the number of ranks.",
 )
+@click.option(
+    "--safety",
+    type=click.FloatRange(0, 1, max_open=True),
+    help="The fraction of the limit to keep free. [2 %, or what fragments and others take]",
+)
+@click.option("--max-batch", type=click.IntRange(min=1), default=2**20, help="Try no larger batch.")
+@click.option(
+    "--max-step-s",
+    type=click.FloatRange(0, min_open=True),
+    help="No batch whose step takes more seconds.",
+)
+@click.option(
+    "--timed-batches",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Time so many more batches below the safe one, to know which is fastest.",
+)
+@click.option(
+    "--isolate",
+    is_flag=True,
+    help="Try each batch in a process of its own. On Linux no budget is needed then.",
+)
 @as_json
 def find_batch_size_command(
-    target: str, budget: int | None, gpu: str | None, multiple_of: int, as_json: bool
+    target: str,
+    budget: int | None,
+    gpu: str | None,
+    multiple_of: int,
+    safety: float | None,
+    max_batch: int,
+    max_step_s: float | None,
+    timed_batches: int,
+    isolate: bool,
+    as_json: bool,
 ) -> int:
     """The largest memory-safe batch of TARGET (file.py:function), by a few real steps."""
+    options = Options(safety, max_batch, max_step_s, multiple_of, timed_batches, gpu, isolate)
     if gpu is not None and budget is not None:
         raise click.UsageError("--gpu knows its memory; received --budget, too; give one of them")
     job = load_job(target)
-    limit_bytes: int | None
-    if gpu is None:
-        limit_bytes = checked_budget(budget, default_device())
-    else:
-        limit_bytes = None
-        # A wrong name is the command's fault, not the job's.
+    # What is wrong here is the command's fault, not the job's.
+    try:
+        options.checked(job)
+    except TypeError as error:
+        raise click.UsageError(str(error)) from error
+    if gpu is not None:
         gpu_named(gpu)
+    elif not isolate:
+        budget = checked_budget(budget, default_device())
 
     def run(progress: Callable[[str, float], None]) -> BatchSizeResult:
+        learnt = ""
+
+        def on_try(batch: int) -> None:
+            if Console(stderr=True).is_terminal:
+                progress(f"{learnt}trying batch {batch}", 0.5)
+
         def on_probe(probe: Probe) -> None:
-            progress(f"batch {probe.batch}: {probe_words(probe)}", 0.5)
+            nonlocal learnt
+            learnt = f"batch {probe.batch}: {probe_words(probe)}; "
+            progress(learnt[:-2], 0.5)
 
         return run_job(
             target,
             lambda: find_batch_size(
                 job,
-                budget_bytes=limit_bytes,
-                gpu=gpu,
-                multiple_of=multiple_of,
+                budget_bytes=budget,
+                on_try=on_try,
                 on_probe=on_probe,
+                **options._asdict(),
             ),
         )
 

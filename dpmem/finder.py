@@ -68,6 +68,7 @@ def find_batch_size(
     isolate: bool = False,
     across_ranks: bool = False,
     timeout_s: float = 60.0,
+    on_try: Callable[[int], None] | None = None,
     on_probe: Callable[[Probe], None] | None = None,
 ) -> BatchSizeResult:
     """The largest batch whose training step stays within memory, by a few steps.
@@ -97,7 +98,8 @@ def find_batch_size(
     across_ranks  every rank of the process group calls this and gets the same answer: all try the
                   same batch, the smallest budget and the worst outcome count
     timeout_s     for how long a rank waits for the others after a probe
-    on_probe      told of every batch tried
+    on_try        told of every batch before it is tried
+    on_probe      told what came of it
 
     A step that would exceed the limit is stopped there, before the machine is. Not so across ranks:
     a rank that stopped within a collective would leave the others waiting, so there a step runs to
@@ -135,7 +137,7 @@ def find_batch_size(
             raise TypeError(
                 f"gpu={gpu!r} knows its memory; received budget_bytes, too; give one of them"
             )
-        return _predicted(target, gpu, safety, max_batch, multiple_of, on_probe)
+        return _predicted(target, gpu, safety, max_batch, multiple_of, on_try, on_probe)
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
     # With isolate nothing happens here, and to remember CUDA's random state takes a context.
@@ -161,7 +163,7 @@ def find_batch_size(
             # What lives already is no fake; with isolate no context of CUDA is to be made here.
             expected = Expected(job, device)
         probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected, max_step_s)
-        tried = Tried(probe, on_probe)
+        tried = Tried(probe, on_probe, on_try)
         result = search_within(
             tried,
             room.limit_bytes,
@@ -304,6 +306,7 @@ def _predicted(
     safety: float | None,
     max_batch: int,
     multiple_of: int,
+    on_try: Callable[[int], None] | None,
     on_probe: Callable[[Probe], None] | None,
 ) -> BatchSizeResult:
     known = gpu_named(gpu)
@@ -313,6 +316,7 @@ def _predicted(
     tried = Tried(
         lambda batch: Probe(batch, "fits", predicted_bytes=forecast.reserved_bytes(batch, known)),
         on_probe,
+        on_try,
     )
     result = search(
         tried,

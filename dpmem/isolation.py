@@ -18,7 +18,7 @@ from dpmem.agreement import Ranks, Rendezvous, join
 from dpmem.explain import explain_too_small
 from dpmem.host import Peak, process_limit, process_peak_bytes
 from dpmem.jobs import checked_budget
-from dpmem.targets import describe
+from dpmem.targets import describe, load_files, loaded_files
 from dpmem_profiling import BatchSizeResult, InvalidJob, Job, Probe
 
 Answer = TypeVar("Answer")
@@ -29,9 +29,9 @@ _POLL_S = 0.1
 
 
 def pickled_job(job: Job) -> bytes:
-    """`job` as another process can take it. Raises TypeError where it does not pickle."""
+    """`job` for `_unpickled` in another process. Raises TypeError where it does not pickle."""
     try:
-        return pickle.dumps(job)
+        return pickle.dumps((loaded_files(), pickle.dumps(job)))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             "isolate=True sends the job to another process, so its functions must be importable; "
@@ -157,6 +157,13 @@ def _answer(question: Callable[[], object], out: Connection) -> None:
     out.send(question())
 
 
+def _unpickled(pickled: bytes) -> Job:
+    files, job = pickle.loads(pickled)
+    load_files(files)
+    loaded: Job = pickle.loads(job)
+    return loaded
+
+
 def _room(budget_bytes: int | None, device: torch.device) -> Room | ValueError:
     limit = process_limit() if budget_bytes is None and device.type == "cpu" else None
     if limit is not None:
@@ -176,7 +183,7 @@ def _probe(
     try:
         if rendezvous is not None:
             join(rendezvous, device)
-        done = measured_probe(pickle.loads(pickled), batch, device, room.limit_bytes)
+        done = measured_probe(_unpickled(pickled), batch, device, room.limit_bytes)
     except InvalidJob as error:
         return error
     except Exception as error:  # noqa: BLE001 - the parent must hear of whatever it is
@@ -187,4 +194,4 @@ def _probe(
 
 
 def _explain(pickled: bytes, result: BatchSizeResult, device: torch.device) -> str:
-    return explain_too_small(pickle.loads(pickled), result, device)
+    return explain_too_small(_unpickled(pickled), result, device)

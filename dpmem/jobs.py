@@ -96,7 +96,8 @@ def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
         if device.type != "cuda":
             raise ValueError(
                 "on the CPU memory is shared, so a budget must be stated; received none; "
-                "pass budget_bytes (--budget 8GiB), or on Linux isolate=True to take what is free"
+                "pass budget_bytes (--budget 8GiB), or on Linux isolate=True (--isolate) to take "
+                "what is free"
             )
         assert memory is not None
         return memory[0] + torch.cuda.memory_reserved(device)

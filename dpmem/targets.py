@@ -10,6 +10,9 @@ from types import ModuleType
 from dpmem import zoo
 from dpmem_profiling import Job
 
+# A name of its own: a job file called queue.py must not become everybody's `queue`.
+_PREFIX = "dpmem_target_"
+
 
 class TargetError(ValueError):
     """A TARGET that names no Job, or whose Job fails: says what was received and what to do."""
@@ -77,9 +80,20 @@ def _import(place: str, target: str) -> ModuleType:
         raise TargetError(f"TARGET {target!r} does not import: {describe(error)}") from error
 
 
+def loaded_files() -> list[Path]:
+    """The files of targets that this process ran; another one unpickles their jobs once it has."""
+    loaded = [module for name, module in sys.modules.items() if name.startswith(_PREFIX)]
+    return [Path(module.__file__) for module in loaded if module.__file__ is not None]
+
+
+def load_files(paths: list[Path]) -> None:
+    """Run the files of targets that another process did. Raises whatever they do."""
+    for path in paths:
+        _run_file(path)
+
+
 def _run_file(path: Path) -> ModuleType:
-    # A name of its own: a job file called queue.py must not become everybody's `queue`.
-    name = f"dpmem_target_{path.stem}"
+    name = f"{_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -11,17 +11,27 @@ from dpmem_profiling.record import BatchSizeResult, Probe
 
 
 class Tried:
-    """A probe that remembers: what was tried is not tried again. `on_probe` hears of the first."""
+    """A probe that remembers: what was tried is not tried again.
+
+    on_try    hears of every batch before it is tried
+    on_probe  hears what came of it
+    """
 
     def __init__(
-        self, probe: Callable[[int], Probe], on_probe: Callable[[Probe], None] | None = None
+        self,
+        probe: Callable[[int], Probe],
+        on_probe: Callable[[Probe], None] | None = None,
+        on_try: Callable[[int], None] | None = None,
     ) -> None:
         self._probe = probe
         self._on_probe = on_probe
+        self._on_try = on_try
         self.probes: dict[int, Probe] = {}
 
     def __call__(self, batch: int) -> Probe:
         if batch not in self.probes:
+            if self._on_try is not None:
+                self._on_try(batch)
             self.probes[batch] = self._probe(batch)
             if self._on_probe is not None:
                 self._on_probe(self.probes[batch])

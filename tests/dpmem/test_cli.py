@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -141,6 +142,37 @@ def test_the_command_prints_what_the_result_does(job_file: Path, run: Command) -
         assert " ".join(row.split()) in printed
 
 
+def test_batches_are_tried_in_processes_of_their_own(tmp_path: Path, run: Command) -> None:
+    (tmp_path / "apart.py").write_text(
+        "import os, torch, dpmem\n"
+        f"PARENT = {os.getpid()}\n"
+        "def model(): return torch.nn.Linear(64, 64)\n"
+        "def batch(n):\n"
+        "    assert os.getpid() != PARENT\n"
+        "    return torch.randn(n, 64)\n"
+        "def loss(model, x): return model(x).square().mean()\n"
+        "def job(): return dpmem.Job(model, batch, loss)\n"
+    )
+    options = ("--isolate", "--budget", "1MiB", "--max-batch", "1", "--safety", "0.5", "--json")
+    result = run("find-batch-size", "apart.py:job", *options)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert (found["largest_safe"], found["margin_bytes"]) == (1, 1 << 19)
+
+
+def test_more_batches_are_timed_on_request(job_file: Path, run: Command) -> None:
+    result = run(
+        "find-batch-size",
+        f"{job_file}:job",
+        *("--budget", "8MiB", "--max-batch", "64", "--timed-batches", "2", "--json"),
+    )
+    found = BatchSizeResult.from_json(json.loads(result.stdout))
+    assert found.largest_safe == 64
+    plain = ("find-batch-size", f"{job_file}:job", "--budget", "8MiB", "--max-batch", "64")
+    before = BatchSizeResult.from_json(json.loads(run(*plain, "--json").stdout))
+    assert len(found.samples_per_second()) == len(before.samples_per_second()) + 2
+
+
 def test_a_batch_that_the_job_refuses_is_passed_over(job_file: Path, run: Command) -> None:
     result = run("find-batch-size", f"{job_file}:needs_two", "--budget", "8KiB")
     assert result.returncode == 0, result.stderr
@@ -241,6 +273,10 @@ def test_a_predicted_step_that_does_not_fit_is_a_finding(
         (["find-batch-size", "nowhere.py:job", "--budget", "1GiB"], "there is no file nowhere.py"),
         (["find-batch-size", "{job}:ignores_size", "--budget", "1GiB"], "must return 1 samples"),
         (["find-batch-size", "{job}:job", "--budget", "1000TiB"], "this machine has; received"),
+        (["find-batch-size", "{job}:job", "--budget", "1MiB", "--safety", "1"], "0<=x<1"),
+        (["find-batch-size", "{job}:job", "--budget", "1MiB", "--max-step-s", "0"], "x>0"),
+        (["find-batch-size", "{job}:job", "--gpu", "t4", "--timed-batches", "2"], "no times"),
+        (["find-batch-size", "{job}:job", "--isolate"], "must be importable"),
         (["report", "{job}:fails", "--batch", "2"], ":fails': its job raised RuntimeError: mat1"),
         (["report", "{job}:fails_by_value", "--batch", "2"], "its job raised ValueError: unlucky"),
         (["report", "{job}:fails_by_file", "--batch", "2"], "its job raised FileNotFoundError"),

@@ -25,16 +25,18 @@ def found(probe: Callable[[int], Probe], multiple_of: int = 1) -> BatchSizeResul
 def test_each_batch_is_tried_and_told_once() -> None:
     calls: list[int] = []
     told: list[int] = []
+    begun: list[int] = []
 
     def probe(n: int) -> Probe:
+        assert begun[-1] == n
         calls.append(n)
         return line()(n)
 
-    tried = Tried(probe, lambda done: told.append(done.batch))
+    tried = Tried(probe, lambda done: told.append(done.batch), begun.append)
     first = search(tried, limit_bytes=1000, margin_bytes=100)
     second = search(tried, limit_bytes=900, margin_bytes=0)
     assert (first.largest_safe, second.largest_fitting) == (80, 80)
-    assert calls == told == list(dict.fromkeys(calls))
+    assert calls == told == begun == list(dict.fromkeys(calls))
     assert [probe.batch for probe in tried.completing(second).probes] == calls
     assert [batch for batch, _ in tried.completing(second).curve] == sorted(calls)
 
