@@ -54,7 +54,13 @@ def room_in_child(budget_bytes: int | None, device: torch.device) -> Room:
 
     Raises ValueError as `dpmem.jobs.checked_budget` does, RuntimeError where the child ends first.
     """
-    return ask_child(partial(_room, budget_bytes, device))
+    try:
+        return ask_child(partial(_room, budget_bytes, device))
+    except _ChildDied as death:
+        raise RuntimeError(
+            "isolate=True needs a main module that other processes can import; received one that "
+            f"{death}; put what the script does under `if __name__ == '__main__':`"
+        ) from death
 
 
 def probe_in_child(

@@ -3,8 +3,11 @@
 import operator
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +142,16 @@ def test_a_child_that_crashes_leaves_the_parent_whole() -> None:
             max_batch=1,
             device=CPU,
         )
+
+
+def test_a_script_that_runs_as_it_is_imported_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, dpmem\n"
+        "def loss(model, x): return model(x).sum()\n"
+        "job = dpmem.Job(torch.nn.Identity, torch.ones, loss)\n"
+        "dpmem.find_batch_size(job, budget_bytes=1 << 20, isolate=True)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "put what the script does under `if __name__ == '__main__':`" in done.stderr
