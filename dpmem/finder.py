@@ -141,7 +141,7 @@ def find_batch_size(
     device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
     # With isolate nothing happens here, and to remember CUDA's random state takes a context.
-    with nullcontext() if isolate else undisturbed([*held, *state]):
+    with nullcontext(_nothing) if isolate else undisturbed([*held, *state]) as put_back:
         own = room_in_child if isolate else _room_here
         if ranks is None:
             room = own(budget_bytes, device)
@@ -162,7 +162,7 @@ def find_batch_size(
         ):
             # What lives already is no fake; with isolate no context of CUDA is to be made here.
             expected = Expected(job, device)
-        probe = _Prober(job, device, room, [*held, *state], ranks, isolate, expected, max_step_s)
+        probe = _Prober(job, device, room, put_back, ranks, isolate, expected, max_step_s)
         tried = Tried(probe, on_probe, on_try)
         result = search_within(
             tried,
@@ -193,7 +193,7 @@ class _Prober:
         job: Job,
         device: torch.device,
         room: Room,
-        state: Sequence[Any],
+        put_back: Callable[[], None],
         ranks: Ranks | None,
         isolate: bool,
         expected: Expected | None,
@@ -202,7 +202,7 @@ class _Prober:
         self._job = job
         self._device = device
         self._room = room
-        self._state = state
+        self._put_back = put_back
         self._ranks = ranks
         self._isolate = isolate
         self._expected = expected
@@ -247,10 +247,9 @@ class _Prober:
             done = probe_in_child(self._job, batch, self._device, self._room, self._ranks)
             return done, RuntimeError(f"batch {batch}: the job {done.error}")
         try:
-            with undisturbed(self._state):
-                # A rank that stopped would leave the others waiting in a collective.
-                limit_bytes = self._room.limit_bytes if self._ranks is None else None
-                return measured_probe(self._job, batch, self._device, limit_bytes), None
+            # A rank that stopped would leave the others waiting in a collective.
+            limit_bytes = self._room.limit_bytes if self._ranks is None else None
+            return measured_probe(self._job, batch, self._device, limit_bytes), None
         except InvalidJob:
             raise
         except Exception as error:
@@ -258,6 +257,12 @@ class _Prober:
                 # The device's context is lost: whatever came next would fail for that alone.
                 raise
             return Probe(batch, "error", error=describe(error)), error
+        finally:
+            self._put_back()
+
+
+def _nothing() -> None:
+    """What is to be put back where nothing happens."""
 
 
 def _room_here(budget_bytes: int | None, device: torch.device) -> Room:

@@ -33,8 +33,10 @@ _STATEFUL = (nn.Module, Optimizer, LRScheduler, GradScaler)
 
 
 @contextmanager
-def undisturbed(objects: Iterable[Any]) -> Iterator[None]:
+def undisturbed(objects: Iterable[Any]) -> Iterator[Callable[[], None]]:
     """After the block, `objects` and torch's, Python's and NumPy's random states are as before it.
+
+    So they are, within the block, after a call of what the block is given.
 
     objects  modules, optimizers, schedulers, scalers, generators, or anything whose attributes hold
              its state; what those hold of these kinds is found through them
@@ -49,11 +51,15 @@ def undisturbed(objects: Iterable[Any]) -> Iterator[None]:
     for held in objects:
         memory.keep(held, explicitly=True)
     memory.keep_random_states()
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         with _interrupts_postponed():
             memory.restore()
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 class _Memory:

@@ -21,7 +21,7 @@ LIMIT_BYTES = 256 << 20
 def an_a100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(finder, "undisturbed", lambda state: nullcontext())
+    monkeypatch.setattr(finder, "undisturbed", lambda state: nullcontext(lambda: None))
     monkeypatch.setattr(finder, "_room_here", lambda budget, device: Room(LIMIT_BYTES, None))
 
 

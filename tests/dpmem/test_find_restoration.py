@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dpmem
+from dpmem import restore
 from dpmem.restore import undisturbed
 
 CPU = torch.device("cpu")
@@ -130,6 +131,21 @@ def test_a_live_model_and_optimizer() -> None:
     assert run.bits() == before
     assert dict(run.model[0]._forward_hooks) == hooks
     handle.remove()
+
+
+def test_the_bits_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches are tried: a copy of a model and its optimizer is large."""
+    kept: list[Any] = []
+    keep = restore._Memory._keep_tensor
+
+    def counting(memory: Any, tensor: Tensor) -> list[Any]:
+        kept.append(tensor)
+        return keep(memory, tensor)
+
+    monkeypatch.setattr(restore._Memory, "_keep_tensor", counting)
+    run = Run("adam")
+    assert len(run.find().probes) > 1
+    assert len(kept) == len({id(tensor) for tensor in kept}) > 4
 
 
 class Broken:
