@@ -246,15 +246,21 @@ class BatchSizeResult:
     def accumulation_for(self, target: int) -> Accumulation:
         """How to train at a batch of `target` samples: the largest safe batch that divides it.
 
-        With largest_safe=12 a target of 64 takes 8 steps of 8 samples.
+        With largest_safe=12 a target of 64 takes 8 steps of 8 samples. The batch is a multiple of
+        `multiple_of`, as the answers are.
 
-        Raises ValueError for a target below 1 and where no batch is safe.
+        Raises ValueError for a target that is not a positive multiple of it and where no batch is
+        safe.
         """
         if target < 1:
             raise ValueError(f"target must be at least 1; got {target}")
         if self.largest_safe is None:
             raise ValueError(f"no batch is safe, so none can be accumulated: {self.limited_by}")
-        batch = max(n for n in range(1, min(target, self.largest_safe) + 1) if target % n == 0)
+        step = self.multiple_of
+        if target % step:
+            raise ValueError(f"target must be a multiple of multiple_of={step}; got {target}")
+        at_most = min(target, self.largest_safe)
+        batch = max(n for n in range(step, at_most + 1, step) if target % n == 0)
         return Accumulation(batch, target // batch)
 
     def plot(self, path: str | Path) -> None:

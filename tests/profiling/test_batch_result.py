@@ -133,6 +133,16 @@ def test_more_batches_are_timed_in_the_widest_gaps(
         assert after.fastest == 18
 
 
+def test_parts_of_a_large_batch_are_multiples_too() -> None:
+    result = found(line(), 8)
+    assert result.largest_safe == 80
+    assert found(line()).accumulation_for(140) == (70, 2)
+    assert result.accumulation_for(144) == (72, 2)
+    assert result.accumulation_for(8 * 97) == (8, 97)
+    with pytest.raises(ValueError, match="a multiple of multiple_of=8; got 140"):
+        result.accumulation_for(140)
+
+
 def test_a_result_survives_json() -> None:
     def probe(n: int) -> Probe:
         if n == 1:
