@@ -63,7 +63,7 @@ def find_batch_size(
     max_step_s: float | None = None,
     multiple_of: int = 1,
     timed_batches: int = 0,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     gpu: str | None = None,
     isolate: bool = False,
     across_ranks: bool = False,
@@ -92,6 +92,8 @@ def find_batch_size(
     multiple_of   the answers are multiples of this: of 8, of the number of ranks
     timed_batches try so many more batches below the safe one, spread over the curve: to know better
                   which is fastest
+    device        where to train; by default where the model of a run under way is, and else CUDA's
+                  current device or, without one, the CPU
     gpu           predict for this GPU, which need not be here ("a100-40gb"); a Job only. The
                   margin is by default the forecast's own.
     isolate       try each batch in a process of its own, which may crash; a Job that pickles only
@@ -138,8 +140,8 @@ def find_batch_size(
                 f"gpu={gpu!r} knows its memory; received budget_bytes, too; give one of them"
             )
         return _predicted(target, gpu, safety, max_batch, multiple_of, on_try, on_probe)
-    device = device or default_device()
     job, held = _as_job(target, batch, loss, state)
+    device = _device(device, [*held, *state])
     # With isolate nothing happens here, and to remember CUDA's random state takes a context.
     with nullcontext(_nothing) if isolate else undisturbed([*held, *state]) as put_back:
         own = room_in_child if isolate else _room_here
@@ -259,6 +261,18 @@ class _Prober:
             return Probe(batch, "error", error=describe(error)), error
         finally:
             self._put_back()
+
+
+def _device(device: torch.device | str | None, held: Sequence[Any]) -> torch.device:
+    """`device` with its index; where the held modules are, if any, for None."""
+    modules = (module for module in held if isinstance(module, nn.Module))
+    parameter = next((p for module in modules for p in module.parameters()), None)
+    if device is None and parameter is not None:
+        device = parameter.device
+    device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _nothing() -> None:

@@ -63,8 +63,11 @@ def measure_job(
 
 
 def default_device() -> torch.device:
-    """CUDA where torch sees one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """CUDA's current device where torch sees one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # To ask makes a context, and before there is one it is the first.
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
 
 
 def device_memory_bytes(device: torch.device) -> tuple[int, int] | None:
@@ -101,6 +104,11 @@ def checked_budget(budget_bytes: int | None, device: torch.device) -> int:
             )
         assert memory is not None
         return memory[0] + torch.cuda.memory_reserved(device)
+    if not isinstance(budget_bytes, int | float):
+        raise TypeError(
+            f"budget_bytes must be a number of bytes; received {budget_bytes!r}; "
+            "write 8GiB as 8 << 30"
+        )
     if budget_bytes <= 0:
         raise ValueError(
             f"a budget must be positive; received {budget_bytes} bytes; state one as 8GiB"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import dpmem
+from dpmem import finder
 from dpmem.isolation import Room, probe_in_child
 from dpmem_profiling import Job
 
@@ -103,6 +104,25 @@ def test_what_does_not_go_together(target: Any, options: dict[str, Any], words: 
 def test_a_safety_that_is_no_fraction(safety: float) -> None:
     with pytest.raises(ValueError, match="from 0 to below 1"):
         dpmem.find_batch_size(JOB, budget_bytes=1 << 20, safety=safety, device=CPU)
+
+
+def test_a_run_under_way_is_tried_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on a GPU that happens to be there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    live = model()
+    assert finder._device(None, [live]) == CPU
+    assert finder._device("cpu", []) == CPU
+    assert finder._device(None, []) == torch.device("cuda", 3)
+    assert finder._device("cuda", [live]) == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert finder._device(None, [len]) == torch.device("cuda", 0)
+
+
+def test_a_budget_in_words_is_refused() -> None:
+    with pytest.raises(TypeError, match="number of bytes; received '8GiB'"):
+        dpmem.find_batch_size(JOB, budget_bytes="8GiB", device="cpu")
 
 
 def test_a_target_batch_in_parts() -> None:
