@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dpmem.agreement import Ranks
 from dpmem.expected import Expected
@@ -26,7 +25,6 @@ from dpmem.growth import note_of_a_leak, refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, probe_in_child, room_in_child, why_failed
 from dpmem.jobs import (
     checked_budget,
-    default_device,
     is_one_of_many,
     is_out_of_memory,
     measure_within,
@@ -35,20 +33,18 @@ from dpmem.limits import Drift, search_within
 from dpmem.options import Options, refuse_to_differ
 from dpmem.restore import undisturbed
 from dpmem.targets import describe
+from dpmem.under_way import Target, as_job, device_of
 from dpmem_profiling import (
     BatchSizeResult,
     InvalidJob,
     Job,
     MemoryLimitExceeded,
     Probe,
-    StepContext,
     search,
 )
 from dpmem_profiling.estimate import BAND_ABOVE, outside_bytes_of
 from dpmem_profiling.gpus import gpu as gpu_named
 from dpmem_profiling.tried import Tried, in_multiples, timed_between
-
-Target = Job | Callable[[int], None] | tuple[nn.Module, Optimizer | None]
 
 
 def find_batch_size(
@@ -140,8 +136,8 @@ def find_batch_size(
                 f"gpu={gpu!r} knows its memory; received budget_bytes, too; give one of them"
             )
         return _predicted(target, gpu, safety, max_batch, multiple_of, on_try, on_probe)
-    job, held = _as_job(target, batch, loss, state)
-    device = _device(device, [*held, *state])
+    job, held = as_job(target, batch, loss, state)
+    device = device_of(device, [*held, *state])
     # With isolate nothing happens here, and to remember CUDA's random state takes a context.
     with nullcontext(_nothing) if isolate else undisturbed([*held, *state]) as put_back:
         own = room_in_child if isolate else _room_here
@@ -263,18 +259,6 @@ class _Prober:
             self._put_back()
 
 
-def _device(device: torch.device | str | None, held: Sequence[Any]) -> torch.device:
-    """`device` with its index; where the held modules are, if any, for None."""
-    modules = (module for module in held if isinstance(module, nn.Module))
-    parameter = next((p for module in modules for p in module.parameters()), None)
-    if device is None and parameter is not None:
-        device = parameter.device
-    device = default_device() if device is None else torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
 def _nothing() -> None:
     """What is to be put back where nothing happens."""
 
@@ -345,66 +329,3 @@ def _predicted(
         source="predicted",
     )
     return in_multiples(result, tried, multiple_of)
-
-
-def _as_job(
-    target: Target,
-    batch: Callable[[int], Any] | None,
-    loss: Callable[[nn.Module, Any], Tensor] | None,
-    state: Sequence[Any],
-) -> tuple[Job, list[Any]]:
-    """The target as a job, and what of it lives already."""
-    is_live = isinstance(target, tuple)
-    if is_live != (batch is not None) or is_live != (loss is not None):
-        raise TypeError(
-            "batch= and loss= belong to a target (model, optimizer), and it needs both; "
-            f"received {type(target).__name__} with batch={batch!r}, loss={loss!r}"
-        )
-    if isinstance(target, Job):
-        return target, []
-    if isinstance(target, tuple):
-        assert batch is not None
-        if not (
-            len(target) == 2
-            and isinstance(target[0], nn.Module)
-            and isinstance(target[1], Optimizer | None)
-        ):
-            raise TypeError(
-                "a run under way must be given as (model, optimizer), the optimizer None where "
-                f"there is none; received ({', '.join(type(part).__name__ for part in target)})"
-            )
-        model, optimizer = target
-        live = Job(
-            model=lambda: model,
-            optimizer=None if optimizer is None else (lambda parameters: optimizer),
-            batch=batch,
-            loss=loss,
-        )
-        return live, [model, optimizer]
-    if isinstance(target, nn.Module) or not callable(target):
-        raise TypeError(
-            "find_batch_size needs a Job, (model, optimizer) or a function of the batch size; "
-            f"received {type(target).__name__}"
-        )
-    step = target
-
-    def run(context: StepContext) -> None:
-        step(len(context.batch))
-
-    models = [held for held in state if isinstance(held, nn.Module)]
-    optimizers = [held for held in state if isinstance(held, Optimizer)]
-    # The step makes its own batch: what a Job's would be holds nothing.
-    own = Job(
-        model=lambda: _AsTheyAre(models),
-        optimizer=(lambda parameters: optimizers[0]) if optimizers else None,
-        batch=lambda n: torch.empty(n, 0),
-        step=run,
-    )
-    return own, []
-
-
-class _AsTheyAre(nn.ModuleList):
-    """Modules whose train and eval flags are the step's to set."""
-
-    def train(self, mode: bool = True) -> _AsTheyAre:
-        return self

@@ -2,11 +2,9 @@
 
 import json
 import operator
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,101 +12,17 @@ import pytest
 import torch
 
 import dpmem.demo
-from dpmem.cli import main
 from dpmem_profiling import BatchSizeResult
 
-JOB = """
-import torch
-from dpmem import Job
-
-def job(batch=lambda n: torch.randn(n, 64)):
-    return Job(
-        model=lambda: torch.nn.Sequential(
-            torch.nn.Linear(64, 512), torch.nn.GELU(), torch.nn.Linear(512, 64)
-        ),
-        batch=batch,
-        loss=lambda model, x: model(x).square().mean(),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters),
-        name="mlp",
-    )
-
-def ignores_size():
-    return job(lambda n: torch.randn(4, 64))
-
-def fails():
-    return Job(model=lambda: torch.nn.Linear(3, 3), batch=lambda n: torch.randn(n, 7),
-               loss=lambda model, x: model(x).sum())
-
-def raising(error):
-    def loss(model, x):
-        raise error
-    return Job(model=lambda: torch.nn.Linear(3, 3), batch=lambda n: torch.randn(n, 3), loss=loss)
-
-def fails_by_value():
-    return raising(ValueError("unlucky"))
-
-def fails_by_file():
-    return raising(FileNotFoundError("no tokens.bin"))
-
-def exits():
-    return raising(SystemExit(0))
-
-def interrupted():
-    return raising(KeyboardInterrupt())
-
-def runs_out():
-    return raising(torch.OutOfMemoryError("CUDA out of memory."))
-
-def exits_at_once():
-    raise SystemExit(0)
-
-def needs_two():
-    return Job(model=lambda: torch.nn.BatchNorm1d(64), batch=lambda n: torch.randn(n, 64),
-               loss=lambda model, x: model(x).sum())
-"""
 # 66,112 parameters: 4 bytes each for weights, gradients and two optimizer states.
 MODEL_BYTES = (64 * 512 + 512 + 512 * 64 + 64) * 16
 
 
-@pytest.fixture
-def job_file(tmp_path: Path) -> Path:
-    path = tmp_path / "job.py"
-    path.write_text(JOB)
-    return path
+# `run` and `job_file` are conftest's.
+Command = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Result]
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
-    """`dpmem` with these arguments in this process, in `tmp_path`; a fresh one takes seconds."""
-    monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-
-    def command(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["dpmem", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        stdout, stderr = capfd.readouterr()
-        return Result(ended.value.code or 0, stdout, stderr)
-
-    yield command
-    sys.path[:] = path
-
-
-def error_line(result: Result) -> str:
+def error_line(result: Any) -> str:
     assert result.returncode == 2, result
     lines = result.stderr.strip().split("\n")
     assert len(lines) == 1, result.stderr
@@ -140,37 +54,6 @@ def test_the_command_prints_what_the_result_does(job_file: Path, run: Command) -
     assert len(same) >= 7
     for row in same:
         assert " ".join(row.split()) in printed
-
-
-def test_batches_are_tried_in_processes_of_their_own(tmp_path: Path, run: Command) -> None:
-    (tmp_path / "apart.py").write_text(
-        "import os, torch, dpmem\n"
-        f"PARENT = {os.getpid()}\n"
-        "def model(): return torch.nn.Linear(64, 64)\n"
-        "def batch(n):\n"
-        "    assert os.getpid() != PARENT\n"
-        "    return torch.randn(n, 64)\n"
-        "def loss(model, x): return model(x).square().mean()\n"
-        "def job(): return dpmem.Job(model, batch, loss)\n"
-    )
-    options = ("--isolate", "--budget", "1MiB", "--max-batch", "1", "--safety", "0.5", "--json")
-    result = run("find-batch-size", "apart.py:job", *options)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert (found["largest_safe"], found["margin_bytes"]) == (1, 1 << 19)
-
-
-def test_more_batches_are_timed_on_request(job_file: Path, run: Command) -> None:
-    result = run(
-        "find-batch-size",
-        f"{job_file}:job",
-        *("--budget", "8MiB", "--max-batch", "64", "--timed-batches", "2", "--json"),
-    )
-    found = BatchSizeResult.from_json(json.loads(result.stdout))
-    assert found.largest_safe == 64
-    plain = ("find-batch-size", f"{job_file}:job", "--budget", "8MiB", "--max-batch", "64")
-    before = BatchSizeResult.from_json(json.loads(run(*plain, "--json").stdout))
-    assert len(found.samples_per_second()) == len(before.samples_per_second()) + 2
 
 
 def test_a_batch_that_the_job_refuses_is_passed_over(job_file: Path, run: Command) -> None:
@@ -347,9 +230,7 @@ def test_the_installed_command(job_file: Path) -> None:
         cwd=job_file.parent,
         timeout=300,
     )
-    assert "'job:exits_at_once': its function called" in error_line(
-        Result(result.returncode, result.stdout, result.stderr)
-    )
+    assert "'job:exits_at_once': its function called" in error_line(result)
 
 
 @pytest.mark.slow

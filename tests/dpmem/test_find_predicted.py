@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import dpmem
-from dpmem import finder
 from dpmem.isolation import Room, probe_in_child
+from dpmem.under_way import device_of
 from dpmem_profiling import Job
 
 CPU = torch.device("cpu")
@@ -112,12 +112,12 @@ def test_a_run_under_way_is_tried_where_it_is(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     live = model()
-    assert finder._device(None, [live]) == CPU
-    assert finder._device("cpu", []) == CPU
-    assert finder._device(None, []) == torch.device("cuda", 3)
-    assert finder._device("cuda", [live]) == torch.device("cuda", 3)
+    assert device_of(None, [live]) == CPU
+    assert device_of("cpu", []) == CPU
+    assert device_of(None, []) == torch.device("cuda", 3)
+    assert device_of("cuda", [live]) == torch.device("cuda", 3)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    assert finder._device(None, [len]) == torch.device("cuda", 0)
+    assert device_of(None, [len]) == torch.device("cuda", 0)
 
 
 def test_a_budget_in_words_is_refused() -> None:
