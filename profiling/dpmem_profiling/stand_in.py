@@ -37,14 +37,17 @@ _FALSE_OF_FALSE = {
     _aten.stack.default,
     _aten.cat.default,
 }
+# What multiplies in place by numbers: one tensor, or each of a list by its own.
+_SCALES = _aten.mul_.Tensor
+_SCALE_EACH = _aten._foreach_mul_.ScalarList
 
 
 class StandIn(TorchDispatchMode):
     """Enter it last, above the tracker.
 
     `.item()`, which loops call to log a loss, is answered: 1, or True; `notes` says so. That a
-    value is NaN or infinite is answered False. What only changes values and allocates nothing is
-    left out.
+    value is NaN or infinite is answered False, and what was scaled by a number is answered with it:
+    NAdam divides by 1 - mu_product. What only changes values and allocates nothing is left out.
     """
 
     def __init__(self, tracker: MemoryTracker) -> None:
@@ -52,6 +55,7 @@ class StandIn(TorchDispatchMode):
         self._tracker = tracker
         self._asked = 0
         self._false: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._scaled: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -66,7 +70,9 @@ class StandIn(TorchDispatchMode):
             dtype = args[0].dtype
             if dtype is torch.bool:
                 return args[0] not in self._false
-            return 1.0 if dtype.is_floating_point else 1
+            return self._scaled.get(args[0], 1.0) if dtype.is_floating_point else 1
+        if func is _SCALES or func is _SCALE_EACH:
+            self._scale(*(args if func is _SCALE_EACH else ([args[0]], [args[1]])))
         if _changes_lists_in_place(func):
             # Nothing to compute and nothing to allocate: a third of an optimizer step's time.
             return None
@@ -74,6 +80,11 @@ class StandIn(TorchDispatchMode):
         if func in _FALSE or (func in _FALSE_OF_FALSE and self._are_false(args)):
             self._false[result] = None
         return result
+
+    def _scale(self, tensors: Any, factors: Any) -> None:
+        for tensor, factor in zip(tensors, factors, strict=True):
+            if tensor.dim() == 0 and isinstance(factor, float):
+                self._scaled[tensor] = factor
 
     def _are_false(self, args: Any) -> bool:
         leaves = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))

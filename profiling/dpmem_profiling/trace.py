@@ -197,15 +197,17 @@ def trace(
 def _on_the_host(optimizer: Optimizer | None, tracker: MemoryTracker) -> set[int]:
     """An optimizer's counters of steps, by number, where they are not on the device.
 
-    Source: _init_group of each optimizer, such as torch/optim/adam.py.
+    Source: _init_group of each optimizer, such as torch/optim/adam.py; asgd.py alone keeps its
+    counter on the device, and nadam.py a product of its momenta beside the counter.
     """
-    if optimizer is None:
+    if optimizer is None or isinstance(optimizer, torch.optim.ASGD):
         return set()
     counters = (
-        optimizer.state.get(parameter, {}).get("step")
+        optimizer.state.get(parameter, {}).get(name)
         for group in optimizer.param_groups
         if not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]
+        for name in ("step", "mu_product")
     )
     return {n for counter in counters if isinstance(counter, Tensor) for n in tracker.see(counter)}
 

@@ -273,8 +273,24 @@ def test_nothing_is_left_behind() -> None:
         (lambda p: torch.optim.Adagrad(p), 1),
         (lambda p: torch.optim.RMSprop(p), 1),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+        (lambda p: torch.optim.NAdam(p), 2),
+        (lambda p: torch.optim.NAdam(p, foreach=False), 2),
+        (lambda p: torch.optim.NAdam(p, capturable=True), 4),
+        # It keeps its counter, its rate and its mean's weight on the device, whatever is asked for.
+        (lambda p: torch.optim.ASGD(p), 4),
     ],
-    ids=["AdamW", "capturable", "fused", "Adagrad", "RMSprop", "SGD"],
+    ids=[
+        "AdamW",
+        "capturable",
+        "fused",
+        "Adagrad",
+        "RMSprop",
+        "SGD",
+        "NAdam",
+        "NAdam, one by one",
+        "NAdam, capturable",
+        "ASGD",
+    ],
 )
 def test_counters_of_steps_are_on_the_host_where_they_are(
     optimizer: Callable[[Any], torch.optim.Optimizer], counted: int
