@@ -57,9 +57,12 @@ class Attribution:
         """The batch's tensors are "input"."""
         self._claim(_tensors(batch), "input", _RANK_NAMED)
 
-    def claim_gradient(self, gradient: Tensor) -> None:
-        """For a hook on a parameter: the raw gradient that backward hands over."""
-        self._claim([gradient], "gradient", _RANK_GRADIENT)
+    def claim_gradient(self, gradient: Tensor | None) -> None:
+        """For a hook on a parameter: the raw gradient that backward hands over.
+
+        None where a gradient of gradients does not depend on the parameter.
+        """
+        self._claim([] if gradient is None else [gradient], "gradient", _RANK_GRADIENT)
 
     def claim_model(self, built: Built) -> None:
         """Claim everything that model and optimizer hold at this moment."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -130,6 +131,24 @@ def as_with_data() -> Iterator[None]:
         mock.patch.object(FakeTensor, "numpy", numpy),
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step),
     ):
+        yield
+
+
+@contextmanager
+def copies_stay_fake() -> Iterator[None]:
+    """Let copy.deepcopy copy fake tensors, as of layers that a model clones and of averaged models.
+
+    torch's own copies their mode with them, and to an operator a tensor of another mode is new
+    memory. It also looks where a fake tensor points to, which torch then warns of.
+    """
+
+    def deepcopy(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+        memo[id(tensor.fake_mode)] = tensor.fake_mode
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-untyped-call]
+
+    with mock.patch.object(FakeTensor, "__deepcopy__", deepcopy):
         yield
 
 

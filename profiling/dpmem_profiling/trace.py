@@ -36,7 +36,7 @@ from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Job, build_model, equip, make_batch
 from dpmem_profiling.record import Category
-from dpmem_profiling.stand_in import StandIn, as_with_data
+from dpmem_profiling.stand_in import StandIn, as_with_data, copies_stay_fake
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
 
@@ -158,7 +158,13 @@ def trace(
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch, fakes=True)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     stand_in, in_place = StandIn(tracker), InPlaceGradients()
-    with _ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), around or nullcontext(), semantics:
+    with (
+        _ONE_AT_A_TIME,
+        torch.random.fork_rng(devices=[]),
+        around or nullcontext(),
+        semantics,
+        copies_stay_fake(),
+    ):
         model = _fake_model(job, mode).train()
         with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
             with tracker.paused():

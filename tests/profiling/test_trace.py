@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +71,40 @@ def test_a_traced_step_takes_what_a_real_one_takes(n: int, zero_grad: Any) -> No
             held[category] = held.get(category, 0) + change.delta_bytes
     del held["workspace"]
     assert {name: size for name, size in held.items() if size} == record.persistent_bytes
+
+
+class Averaged(nn.Module):
+    """A layer cloned twice, as nn.TransformerEncoder clones its layers, and an average of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.Sequential(*(deepcopy(layer) for _ in range(2)))
+        self.average = deepcopy(self.layers).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x) - self.average(x)
+        return result
+
+
+def penalized(model: nn.Module, batch: Tensor) -> Tensor:
+    """A gradient penalty, which the bias of a normalization has no part in."""
+    batch.requires_grad_()
+    (slope,) = torch.autograd.grad(model(batch).sum(), batch, create_graph=True)
+    return slope.square().sum()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        replace(RESIDUAL, model=Averaged),
+        replace(RESIDUAL, model=lambda: nn.Sequential(Residual(), nn.LayerNorm(WIDTH)), loss=penalized),
+    ],
+    ids=["deep copies", "gradient penalty"],
+)
+def test_no_kind_of_step_takes_another_size_than_a_real_one(job: Job) -> None:
+    real = measure(job, 16, device="cpu").peak_allocated_bytes
+    assert last_step_peak_bytes(trace(job, 16, GPU)) == real
 
 
 def test_on_the_cpu_the_cpus_own_kernels_are_traced() -> None:
