@@ -77,6 +77,9 @@ class InPlaceGradients(TorchDispatchMode):
         self._sole = max(self._learning)
 
     def _may_change(self, kept: Tensor, added: Tensor) -> bool:
+        if kept.layout is not torch.strided or added.layout is not torch.strided:
+            # Without a storage to hold.
+            return False
         holders = (
             kept._use_count(),  # type: ignore[attr-defined]
             torch._C._storage_Use_Count(kept.untyped_storage()._cdata),

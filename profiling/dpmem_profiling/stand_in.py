@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dpmem_profiling.traced_sparse import SparseElements
 from dpmem_profiling.tracker import MemoryTracker
 
 _aten = torch.ops.aten
@@ -57,6 +58,7 @@ class StandIn(TorchDispatchMode):
         self._asked = 0
         self._false: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._scaled: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._sparse = SparseElements()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -78,6 +80,8 @@ class StandIn(TorchDispatchMode):
             # Nothing to compute and nothing to allocate: a third of an optimizer step's time.
             return None
         result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.layout is torch.sparse_coo:
+            result = self._sparse.with_elements(func, args, kwargs or {}, result)
         if func in _FALSE or (func in _FALSE_OF_FALSE and self._are_false(args)):
             self._false[result] = None
         return result
@@ -94,8 +98,9 @@ class StandIn(TorchDispatchMode):
     def notes(self) -> tuple[str, ...]:
         """What a reader of the trace must know."""
         if not self._asked:
-            return ()
+            return self._sparse.notes()
         return (
+            *self._sparse.notes(),
             f"The steps asked {self._asked} times for a tensor's value (.item(), .numpy(), if) and "
             "were told 1 (True for a bool, but that nothing is NaN or infinite): if they decide by "
             "it, the forecast is of that decision.",
@@ -146,7 +151,7 @@ def copies_stay_fake() -> Iterator[None]:
         memo[id(tensor.fake_mode)] = tensor.fake_mode
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-untyped-call]
+            return Tensor.__deepcopy__(tensor, memo)
 
     with mock.patch.object(FakeTensor, "__deepcopy__", deepcopy):
         yield

@@ -98,13 +98,70 @@ def penalized(model: nn.Module, batch: Tensor) -> Tensor:
     "job",
     [
         replace(RESIDUAL, model=Averaged),
-        replace(RESIDUAL, model=lambda: nn.Sequential(Residual(), nn.LayerNorm(WIDTH)), loss=penalized),
+        replace(
+            RESIDUAL, model=lambda: nn.Sequential(Residual(), nn.LayerNorm(WIDTH)), loss=penalized
+        ),
     ],
     ids=["deep copies", "gradient penalty"],
 )
 def test_no_kind_of_step_takes_another_size_than_a_real_one(job: Job) -> None:
     real = measure(job, 16, device="cpu").peak_allocated_bytes
     assert last_step_peak_bytes(trace(job, 16, GPU)) == real
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(ROWS, WIDTH, sparse=True)
+
+    def forward(self, index: Tensor) -> Tensor:
+        result: Tensor = self.table(index) * self.table(index + ROWS // 2)
+        return result
+
+
+ROWS = 1000
+
+
+def different_rows(n: int) -> Tensor:
+    return torch.arange(8 * n).view(n, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.Adagrad(p),
+        lambda p: torch.optim.SparseAdam(list(p)),
+    ],
+    ids=["SGD", "Adagrad", "SparseAdam"],
+)
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: nn.Embedding(ROWS, WIDTH, sparse=True),
+        lambda: nn.EmbeddingBag(ROWS, WIDTH, sparse=True, mode="sum"),
+        Twice,
+    ],
+    ids=["embedding", "bag", "twice"],
+)
+def test_sparse_gradients_have_the_elements_of_real_ones(
+    model: Callable[[], nn.Module], optimizer: Any
+) -> None:
+    job = replace(RESIDUAL, model=model, batch=different_rows, optimizer=optimizer)
+    traced = trace(job, 32, None)
+    assert last_step_peak_bytes(traced) == measure(job, 32, device="cpu").peak_allocated_bytes
+    assert not traced.notes
+
+
+def test_the_elements_of_a_sparse_sum_in_place_are_said_to_be_unknown() -> None:
+    def step(context: StepContext) -> None:
+        for part in context.batch.chunk(2):
+            context.model(part).square().mean().backward()
+        context.model.zero_grad()
+
+    job = Job(lambda: nn.Embedding(ROWS, WIDTH, sparse=True), different_rows, step=step)
+    assert "unknown: how many elements" in " ".join(trace(job, 4, GPU).notes)
 
 
 def test_on_the_cpu_the_cpus_own_kernels_are_traced() -> None:
