@@ -39,6 +39,7 @@ from dpmem_profiling.record import Category
 from dpmem_profiling.stand_in import StandIn, as_with_data, copies_stay_fake
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
 from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
+from dpmem_profiling.unknowns import CompiledRegions, history_of_lbfgs, recurrent, sharded
 
 # The first makes the optimizer's state, the second runs with it; no later one was seen to raise a
 # peak.
@@ -157,13 +158,14 @@ def trace(
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch, fakes=True)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
-    stand_in, in_place = StandIn(tracker), InPlaceGradients()
+    stand_in, in_place, compiled = StandIn(tracker), InPlaceGradients(), CompiledRegions()
     with (
         _ONE_AT_A_TIME,
         torch.random.fork_rng(devices=[]),
         around or nullcontext(),
         semantics,
         copies_stay_fake(),
+        compiled,
     ):
         model = _fake_model(job, mode).train()
         with mode, _data_needed_is_said(), as_with_data(), tracker, stand_in, in_place:
@@ -194,8 +196,9 @@ def trace(
         possible=tuple(tracker.possible),
         notes=(
             *stand_in.notes(),
-            *_compiled(built.model),
-            *(() if kernels is None else (*_recurrent(built.model), *_sharded(built.model))),
+            *compiled.notes(),
+            *history_of_lbfgs(built.optimizer),
+            *(() if kernels is None else (*recurrent(built.model), *sharded(built.model))),
         ),
     )
 
@@ -216,44 +219,6 @@ def _on_the_host(optimizer: Optimizer | None, tracker: MemoryTracker) -> set[int
         for name in ("step", "mu_product")
     )
     return {n for counter in counters if isinstance(counter, Tensor) for n in tracker.see(counter)}
-
-
-def _compiled(model: nn.Module) -> tuple[str, ...]:
-    """A note where torch.compile would fuse: what it saves and takes is not known here."""
-    if not any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in model.modules()
-    ):
-        return ()
-    return (
-        "The model is compiled, and was traced uncompiled: what torch.compile makes it take is "
-        "not known.",
-    )
-
-
-def _recurrent(model: nn.Module) -> tuple[str, ...]:
-    """A note where cuDNN would run a whole layer: its library decides what that takes.
-
-    Source: aten/src/ATen/native/cudnn/RNN.cpp, which asks cuDNN for both sizes.
-    """
-    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, nn.RNNBase)}
-    if not kinds:
-        return ()
-    return (
-        "unknown: workspace and reserve of cuDNN's RNN. The model has recurrent layers "
-        f"({', '.join(sorted(kinds))}), and the figures leave these out.",
-    )
-
-
-def _sharded(model: nn.Module) -> tuple[str, ...]:
-    """A note where fully_shard gathers and reduces on streams of its own."""
-    kinds = (kind for module in model.modules() for kind in type(module).__mro__)
-    if not any(kind.__name__ == "FSDPModule" for kind in kinds):
-        return ()
-    return (
-        "unknown: what the allocator reserves for fully_shard's own streams. The figures have all "
-        "tensors on one stream.",
-    )
 
 
 def _releases_in_order(changes: Iterable[Change]) -> tuple[Change, ...]:

@@ -454,12 +454,46 @@ def test_a_loss_scaler_steps() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile", "ignore:`torch.jit")
-def test_a_compiled_model_is_said_to_be_unknown() -> None:
+def test_what_is_compiled_is_said_to_be_unknown() -> None:
     def compiled() -> nn.Module:
         return nn.Sequential(torch.compile(Residual(), backend="eager"))  # type: ignore[list-item]
 
-    assert "not known" in " ".join(trace(replace(RESIDUAL, model=compiled), 4, GPU).notes)
+    def in_place() -> nn.Module:
+        model = Residual()
+        model.compile(backend="eager")
+        return model
+
+    @torch.compile(backend="eager")
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return mean_square(model, batch)
+
+    for job in (
+        replace(RESIDUAL, model=compiled),
+        replace(RESIDUAL, model=in_place),
+        replace(RESIDUAL, loss=loss),
+    ):
+        traced = trace(job, 4, GPU)
+        assert "unknown: what torch.compile" in " ".join(traced.notes)
+        assert last_step_peak_bytes(traced) == last_step_peak_bytes(trace(RESIDUAL, 4, GPU))
     assert not trace(RESIDUAL, 4, GPU).notes
+
+
+def test_the_history_of_lbfgs_is_said_to_be_unknown() -> None:
+    def step(context: StepContext) -> None:
+        def evaluate() -> float:
+            loss = mean_square(context.model, context.batch)
+            loss.backward()
+            return float(loss.detach())
+
+        assert context.optimizer is not None
+        context.optimizer.step(evaluate)
+
+    def lbfgs(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(parameters, history_size=8)
+
+    job = Job(lambda: nn.Linear(WIDTH, 2 * WIDTH, bias=False), rows, optimizer=lbfgs, step=step)
+    # Two vectors of 2048 numbers for each of 8 steps.
+    assert "LBFGS fills, which the figures leave out: 128 KiB" in " ".join(trace(job, 4, GPU).notes)
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
