@@ -131,8 +131,8 @@ def _attention(architecture: Architecture | None) -> Callable[..., Tensor]:
             additive = torch.zeros_like(attn_mask, dtype=query.dtype)
             attn_mask = additive.masked_fill_(attn_mask.logical_not(), float("-inf"))
         width = query.shape[-1]
-        groups = enable_gqa and query.shape[-3] != key.shape[-3]
-        if _flash_takes(query, key, value, attn_mask, capability):
+        fused = _fits_together(query, key, value, enable_gqa)
+        if fused and _flash_takes(query, key, value, attn_mask, is_causal, capability):
             pad = -width % 8
             if pad:
                 query, key, value = (
@@ -143,7 +143,7 @@ def _attention(architecture: Architecture | None) -> Callable[..., Tensor]:
                 scale=width**-0.5 if scale is None else scale,
             )[0]  # fmt: skip
             return result[..., :width]
-        if not groups and _efficient_takes(query, key, value, capability):
+        if fused and _efficient_takes(query, key, value, capability):
             saves = torch.is_grad_enabled() and any(
                 part.requires_grad for part in (query, key, value)
             )
@@ -161,17 +161,23 @@ def _attention(architecture: Architecture | None) -> Callable[..., Tensor]:
 
 
 def _flash_takes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, capability: Architecture
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    capability: Architecture,
 ) -> bool:
     """sdp_utils.cpp, can_use_flash_attention: half precision from Ampere on, and no mask."""
+    width = query.shape[-1]
     return (
         capability >= (8, 0)
         and mask is None
-        and query.dim() == 4
         and query.dtype in (torch.float16, torch.bfloat16)
-        and query.dtype == key.dtype == value.dtype
-        and query.shape[-1] == key.shape[-1] == value.shape[-1]
-        and query.shape[-1] <= 256
+        and width == key.shape[-1] == value.shape[-1]
+        and width <= 256
+        and (not is_causal or query.shape[-2] == key.shape[-2])
+        and (width == 1 or all(part.stride(-1) == 1 for part in (query, key, value)))
         and _kernel_enabled("flash")
     )
 
@@ -179,21 +185,34 @@ def _flash_takes(
 def _efficient_takes(query: Tensor, key: Tensor, value: Tensor, capability: Architecture) -> bool:
     """sdp_utils.cpp, can_use_mem_efficient_attention and check_head_dim_size_mem_efficient."""
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.dim() != 4 or not (half or query.dtype == torch.float32):
+    if not (half or query.dtype == torch.float32) or query.shape[-1] != key.shape[-1]:
         return False
     if query.dtype == torch.bfloat16 and capability < (8, 0):
-        return False
-    if not query.dtype == key.dtype == value.dtype or query.shape[-1] != key.shape[-1]:
         return False
     # minimum_gemm_alignment: 128-bit accesses where tensor cores are used.
     alignment = 4 if capability >= (8, 0) else 1
     if capability >= (8, 0) or (half and capability >= (7, 0)):
         alignment = max(alignment, 8 if half else 4)
     return (
-        query.shape[-1] % alignment == 0
+        query.shape[-3] == key.shape[-3]
+        and query.shape[-1] % alignment == 0
         and value.shape[-1] % alignment == 0
         and all(part.stride(-1) == 1 for part in (query, key, value))
         and _kernel_enabled("mem_efficient")
+    )
+
+
+def _fits_together(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """sdp_utils_cpp.h: what kernels other than math ask of shapes and types."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    heads, groups = query.shape[1], key.shape[1]
+    return (
+        query.dtype == key.dtype == value.dtype
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[2] * key.shape[2] > 0
+        and groups == value.shape[1]
+        and (heads % groups == 0 if enable_gqa else heads == groups)
     )
 
 

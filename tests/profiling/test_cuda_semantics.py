@@ -100,6 +100,45 @@ def test_attention_takes_the_kernel_that_cuda_takes(
     assert ran == ({kernel} - {MATH})
 
 
+HEADS = (2, 4, 20, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "query", "key", "settings", "kernel"),
+    [
+        (torch.bfloat16, HEADS, HEADS, {"is_causal": True}, FLASH),
+        # FlashAttention 2 begins a causal mask at the other corner.
+        (torch.bfloat16, HEADS, (2, 4, 30, 64), {"is_causal": True}, EFFICIENT),
+        (torch.bfloat16, HEADS, (2, 4, 30, 64), {}, FLASH),
+        (torch.bfloat16, HEADS, (2, 2, 20, 64), {"enable_gqa": True}, FLASH),
+        (torch.float32, HEADS, (2, 2, 20, 64), {"enable_gqa": True}, MATH),
+        (torch.float32, HEADS, HEADS, {"enable_gqa": True}, EFFICIENT),
+        # Only the math kernel broadcasts.
+        (torch.bfloat16, HEADS, (2, 1, 20, 64), {}, MATH),
+        (torch.float32, HEADS, (2, 1, 20, 64), {}, MATH),
+        (torch.bfloat16, HEADS, (1, 4, 20, 64), {}, MATH),
+    ],
+)
+def test_attention_between_different_shapes(
+    dtype: torch.dtype,
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    settings: dict[str, bool],
+    kernel: str,
+) -> None:
+    with on_cuda() as operators:
+        of, to = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in (query, key))
+        F.scaled_dot_product_attention(of, to, to, **settings).sum().backward()  # type: ignore[arg-type]
+    assert {FLASH, EFFICIENT} & set(operators.names) == {kernel} - {MATH}
+
+
+def test_attention_over_columns_is_maths() -> None:
+    with on_cuda() as operators:
+        across = torch.empty(2, 4, 64, 20, dtype=torch.bfloat16).transpose(-1, -2)
+        F.scaled_dot_product_attention(across, across, across)
+    assert not {FLASH, EFFICIENT} & set(operators.names)
+
+
 def test_attention_inside_of_a_module_is_translated_too() -> None:
     with on_cuda() as operators:
         attention = nn.MultiheadAttention(64, 4, dropout=0.1, batch_first=True)
