@@ -58,12 +58,37 @@ class CudaScratch:
             yield Scratch(self._cublas_workspace_bytes, "stays")
 
 
+def _flash_attention_backward(args: Any) -> Iterator[int]:
+    """flash_attn/flash_api.cpp, mha_bwd: the gradient of queries is summed in float32, beside a
+    number for each row, over tokens and widths that kernels take whole; grouped keys and values
+    have gradients for every head first."""
+    query, key = args[1], args[2]
+    batch_size, heads, n_queries, width = query.shape
+    rows = batch_size * heads * _multiple(n_queries, 128)
+    yield rows * 4
+    yield rows * (_multiple(width, 32) if width <= 192 else 256) * 4
+    if key.shape[1] != heads:
+        expanded = batch_size * key.shape[2] * heads * width * query.element_size()
+        yield from (expanded, expanded)
+
+
 def _efficient_attention_backward(args: Any) -> Iterator[int]:
-    """attention_backward.cu: delta, (grad_out * out).sum(-1), where its kernel does not."""
-    grad_out = args[0]
+    """attention_backward.cu. In float32: delta, (grad_out * out).sum(-1), and its product before.
+
+    In half precision its kernel computes delta, and sums the gradient of queries in float32
+    (mem_eff_attention/kernel_backward.h, workspace_elements_gq): in blocks of 64, as most are.
+    """
+    grad_out, query = args[0], args[1]
     if grad_out.dtype == torch.float32:
         yield grad_out.numel() * 4
         yield grad_out.numel() // max(grad_out.shape[-1], 1) * 4
+    else:
+        batch_size, heads, n_queries, width = query.shape
+        yield batch_size * heads * _multiple(n_queries, 64) * _multiple(width, 64) * 4
+
+
+def _multiple(size: int, of: int) -> int:
+    return -(-size // of) * of
 
 
 def _embedding_backward(args: Any) -> Iterator[int]:
@@ -118,6 +143,7 @@ def _copies(*operands: Tensor) -> int:
 
 
 _PASSING = {
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_attention_backward,
     _aten.embedding_dense_backward.default: _embedding_backward,
 }

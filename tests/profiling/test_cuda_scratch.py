@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dpmem_profiling import Job
 from dpmem_profiling.trace import Kernels, Trace, between, trace
@@ -79,6 +80,35 @@ def test_possible_workspaces_are_lines_in_the_batch() -> None:
         made = between(low, high, n)
         assert made is not None
         assert made.possible == traced(model, n, images, 2).possible
+
+
+class Attention(nn.Module):
+    """Of 4 heads of 40 to 2 groups, of 100 tokens, in half precision."""
+
+    def __init__(self, masked: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(40, dtype=dtype))
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.scale * x.to(self.scale.dtype)
+        mask = torch.ones(100, 100, dtype=torch.bool) if self.masked else None
+        key = query if self.masked else query[:, :2]
+        return F.scaled_dot_product_attention(query, key, key, mask, enable_gqa=True)
+
+
+def test_attention_sums_a_gradient_in_single_precision() -> None:
+    def batch(n: int) -> Tensor:
+        return torch.empty(n, 4, 100, 40)
+
+    rows = 3 * 4 * 128
+    grouped = 2 * 3 * 100 * 4 * 40
+    flash = traced(lambda: Attention(masked=False), 3, batch)
+    assert workspaces(flash) == [4 * rows, 4 * rows * 64, grouped, grouped]
+    efficient = traced(lambda: Attention(masked=True), 3, batch)
+    assert workspaces(efficient) == [4 * rows * 64]
+    single = traced(lambda: Attention(masked=True, dtype=torch.float32), 3, batch)
+    assert workspaces(single) == [FLOAT_BYTES * 3 * 4 * 100 * 40, FLOAT_BYTES * 3 * 4 * 100]
 
 
 def tokens(n: int) -> Tensor:
