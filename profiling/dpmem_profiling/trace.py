@@ -35,6 +35,7 @@ from dpmem_profiling.cuda_scratch import CudaScratch
 from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Job, build_model, equip, make_batch
+from dpmem_profiling.named_devices import cuda_is_here, here
 from dpmem_profiling.record import Category
 from dpmem_profiling.stand_in import StandIn, as_with_data, copies_stay_fake
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
@@ -55,11 +56,16 @@ class Untraceable(ValueError):  # noqa: N818 - reads as what it is
 
 
 class _Fakes(FakeTensorMode):
-    """Fake tensors whose cache of results keeps no storage alive.
+    """Fake tensors that are all on the trace's device, and whose cache keeps no storage alive.
 
     The cache's keys are the arguments. What hands a storage to an operator (a saved tensor restored
     over memory that is still there) would see it, and all that it is counted as, live on in a key.
     """
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": here(kwargs["device"])}
+        return super().dispatch(func, types, args, kwargs)
 
     def _cache_key(self, state: Any, func: Any, args: Any, kwargs: Any) -> Any:
         if any(isinstance(argument, torch.UntypedStorage) for argument in args):
@@ -165,6 +171,7 @@ def trace(
         around or nullcontext(),
         semantics,
         copies_stay_fake(),
+        cuda_is_here(),
         compiled,
     ):
         model = _fake_model(job, mode).train()

@@ -432,6 +432,39 @@ def test_traces_under_autocast_make_a_line_too() -> None:
     assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
 
 
+class NamesCuda(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH, device="cuda")
+        self.register_buffer("table", torch.arange(WIDTH).to("cuda"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.zeros(len(x), WIDTH, device=torch.device("cuda", 0))
+        result: Tensor = self.layer(x.cuda(non_blocking=True)) + noise + self.table
+        return result.to(0).to("cuda:0", torch.float32)
+
+
+def test_code_that_names_cuda_is_traced_where_it_is() -> None:
+    class Unnamed(NamesCuda):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.layer = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("table", torch.arange(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.zeros(len(x), WIDTH)
+            result: Tensor = self.layer(x) + noise + self.table
+            return result
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        torch.cuda.synchronize()
+        return mean_square(model, batch.pin_memory().to("cuda"))
+
+    named = trace(replace(RESIDUAL, model=lambda: NamesCuda().cuda(), loss=loss), 4, GPU)
+    plain = trace(replace(RESIDUAL, model=Unnamed), 4, GPU)
+    assert [change[1:] for change in named.changes] == [change[1:] for change in plain.changes]
+
+
 def test_a_formatted_loss_is_a_value_asked_for() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         result = mean_square(model, batch)
