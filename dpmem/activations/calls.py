@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch._C import _storage_address  # type: ignore[attr-defined]
 
 
 class FunctionCall(NamedTuple):
@@ -60,6 +61,6 @@ def tensors_in(*values: Any) -> Iterator[Tensor]:
 def storage_key(tensor: Tensor) -> int | None:
     """Identifies the tensor's storage while that lives; None: it has none (sparse, vmap)."""
     try:
-        return tensor.untyped_storage()._cdata
+        return _storage_address(tensor)
     except NotImplementedError:
         return None

@@ -235,18 +235,22 @@ class Exact:
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached: a tensor that reached its own graph node from here would never be freed.
-        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
 
     def restore(self) -> Tensor:
-        if self.tensor._version != self.version:
-            raise RuntimeError(
-                "a tensor saved for backward must not change before it is used; one of shape "
-                f"{tuple(self.tensor.shape)} is at version {self.tensor._version}, saved at "
-                f"version {self.version}; replace the in-place operation by one that makes a new "
-                "tensor"
-            )
-        return self.tensor
+        return unchanged(self.tensor, self.version)
+
+
+def unchanged(tensor: Tensor, version: int) -> Tensor:
+    """`tensor`, refused where it is no more at the version at which it was saved."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "a tensor saved for backward must not change before it is used; one of shape "
+            f"{tuple(tensor.shape)} is at version {tensor._version}, saved at version {version}; "
+            "replace the in-place operation by one that makes a new tensor"
+        )
+    return tensor
 
 
 class Recomputed:

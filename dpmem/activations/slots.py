@@ -20,12 +20,10 @@ class Slot:
     sign     where they are positive: codes could not tell for values near zero
     """
 
-    __slots__ = ("__weakref__", "dtype", "number", "reference", "sign", "values", "version")
+    __slots__ = ("__weakref__", "dtype", "number", "sign", "values", "version")
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number
-        # Keeps the address from being reused, so that an entry never answers for a later storage.
-        self.reference = StorageWeakRef(tensor.untyped_storage())
         self.version, self.dtype = tensor._version, tensor.dtype
         self.values: Form | Exact | Recomputed | None = None
         self.sign: Form | None = None
@@ -55,7 +53,7 @@ class View:
     ) -> None:
         self.source, self.number, self.of_sign = source, number, of_sign
         if isinstance(source, Slot):
-            self._form = tensor.shape, tensor.stride(), int(tensor.storage_offset())
+            self._form = _form_of(tensor)
         else:
             self._form = tensor.shape, torch.empty(tensor.shape, device="meta").stride(), 0
 
@@ -63,8 +61,11 @@ class View:
         source = self.source
         if self.of_sign:
             assert isinstance(source, Slot)
-            return source.restore_sign().as_strided(*self._form)
-        return source.restore().as_strided(*self._form)
+            kept = source.restore_sign()
+        else:
+            kept = source.restore()
+        # What is kept exact is mostly this very tensor: to ask takes less time than a view.
+        return kept if _form_of(kept) == self._form else kept.as_strided(*self._form)
 
     def values_key(self) -> object | None:
         """What its values are kept as, as `stored_bytes` names it; None: they are not."""
@@ -79,6 +80,10 @@ class View:
         if not self.of_sign and restored.dtype in COMPRESSIBLE_DTYPES:
             reader.read(self.number, restored, self.source.restore())
         return restored
+
+
+def _form_of(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
 Packed = Exact | ShapeOnly | View

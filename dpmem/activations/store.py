@@ -36,6 +36,7 @@ from dpmem.activations.forms import (
     ShapeOnly,
     Tensors,
     TwoValued,
+    unchanged,
 )
 from dpmem.activations.offload import HostMemory
 from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
@@ -46,6 +47,8 @@ from dpmem.activations.tracker import CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
+_FIRST_PRUNING = 4096
+Small = tuple[Tensor, int]
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 _COMPILED = (
     "activation compression needs the model to run uncompiled; received a call of code that "
@@ -90,7 +93,8 @@ class ActivationStore:
             )
         self._no_compiled_code: AbstractContextManager[None] | None = None
         # Weakly: what backward has used, or nobody can reach any more, is not kept from here.
-        self._slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
+        self._slots: dict[int, weakref.ref[Slot]] = {}
+        self._slots_before_pruning = _FIRST_PRUNING
         # Of the tensor that is packed now, from 1; a slot has that of its first.
         self._number = 0
         # Every saved tensor of this forward, where somebody asks.
@@ -156,6 +160,7 @@ class ActivationStore:
             self._no_compiled_code.__exit__(kind, value, traceback)
             self._no_compiled_code = None
         self._tracker.watch = None
+        self._tracker.forget()
         self._slots.clear()
         if self._host is not None:
             self._host.end_forward()
@@ -168,10 +173,12 @@ class ActivationStore:
             if kind is None:
                 self._planner.end(saved)
 
-    def _pack(self, tensor: Tensor) -> Packed:
+    def _pack(self, tensor: Tensor) -> Packed | Small:
         self._number += 1
-        if self.log is None and tensor.numel() < self._least_numel and type(tensor) in _PLAIN:
-            return Exact(tensor)  # small, as most are: no more is asked of it
+        if tensor.numel() < self._least_numel and type(tensor) in _PLAIN and self.log is None:
+            # Small, as most are: no more is asked of it, and a tuple is made fastest. Detached: a
+            # tensor that reached its own graph node from here would never be freed.
+            return tensor if tensor.is_leaf else tensor.detach(), tensor._version
         use = self._use_of(tensor)
         passed = use is SMALL or use is MODEL or use is FOREIGN
         packed = Exact(tensor) if passed else self._store(tensor, use)
@@ -194,9 +201,12 @@ class ActivationStore:
         # Expanded from a small storage, it has no more values than that.
         if small or _numel_of_storage(tensor) < self._least_numel:
             return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
-        use = use_of(tensor, self._tracker.call)
+        if self._tracker.holds(tensor):
+            return MODEL
+        call = self._tracker.call
+        use = use_of(tensor, call)
         # A dropout's mask is nobody's, though what it was made beside may all be the model's.
-        if use.role != "mask" and self._tracker.owns(tensor):
+        if call is not None and use.role != "mask" and self._tracker.made_copy(call, tensor):
             return MODEL
         return FOREIGN if tensor.is_conj() or tensor.is_neg() else use
 
@@ -286,7 +296,8 @@ class ActivationStore:
         derivation = self._tracker.derivation(tensor)
         if derivation is None:
             return False
-        source = self._slots.get(derivation.source_key)
+        kept = self._slots.get(derivation.source_key)
+        source = None if kept is None else kept()
         if source is None or source.version != derivation.source_version:
             return False
         if source.bits < max(bits, derivation.least_bits):
@@ -299,11 +310,21 @@ class ActivationStore:
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
         if base.numel() != _numel_of_storage(tensor) or base.dtype != tensor.dtype:
             return None
-        key = tensor.untyped_storage()._cdata
-        slot = self._slots.get(key)
+        key = self._tracker.key_of(tensor)
+        kept = self._slots.get(key)
+        slot = None if kept is None else kept()
         if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
-            slot = self._slots[key] = Slot(tensor, self._number)
+            slot = Slot(tensor, self._number)
+            self._slots[key] = weakref.ref(slot)
+            if len(self._slots) > self._slots_before_pruning:
+                self._prune()
         return slot
+
+    def _prune(self) -> None:
+        """Forget storages and slots that are gone: a context may stay open for many forwards."""
+        keys = self._tracker.prune()
+        self._slots = {key: kept for key, kept in self._slots.items() if key in keys}
+        self._slots_before_pruning = max(_FIRST_PRUNING, 2 * len(self._slots))
 
     def _track(self, form: Form) -> Form:
         self._alive.add(form)
@@ -322,9 +343,9 @@ def _numel_of_storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
-def _unpack(packed: Packed) -> Tensor:
-    return packed.restore()
+def _unpack(packed: Packed | Small) -> Tensor:
+    return unchanged(*packed) if isinstance(packed, tuple) else packed.restore()
 
 
-def _unpack_and_read(reader: GradientReader, packed: Packed) -> Tensor:
-    return packed.restore_and_read(reader) if isinstance(packed, View) else packed.restore()
+def _unpack_and_read(reader: GradientReader, packed: Packed | Small) -> Tensor:
+    return packed.restore_and_read(reader) if isinstance(packed, View) else _unpack(packed)

@@ -8,11 +8,13 @@ function mode sees, and weights mixed with a tensor that is not the model's, a c
 forward included.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from dpmem.activations.calls import FunctionCall, storage_key, tensors_in
@@ -20,28 +22,26 @@ from dpmem.activations.calls import FunctionCall, storage_key, tensors_in
 # Element by element and exactly repeatable; beside a matrix product they cost little. On one core
 # gelu takes 1.2 ns a value and silu 1.0, where 4 bits and back take 1.8.
 _SUMS = frozenset(("add", "sub", "neg", "rsub", "__radd__", "__rsub__"))
-_PRODUCTS = frozenset(("mul", "__rmul__"))
-_ARITHMETIC = _SUMS | _PRODUCTS | {"div", "pow", "tanh", "gelu", "silu"}
+_SCALINGS = frozenset(("mul", "__rmul__", "div"))
+_ARITHMETIC = _SUMS | _SCALINGS | {"pow", "tanh", "gelu", "silu"}
+_OF_A_NUMBER = frozenset(("div", "pow"))
 _OPTIONS = frozenset(("approximate", "inplace"))
 _NONLINEAR_BITS = 8
+_NO_OPTIONS: Mapping[str, Any] = {}
+
+Arguments = tuple[Any, ...]
+Options = Mapping[str, Any]
 
 
 class Derivation(NamedTuple):
     """A storage that is arithmetic on one other, value by value in memory order."""
 
-    result: StorageWeakRef
-    """Keeps the address from being reused."""
     result_version: int
-    source: StorageWeakRef
-    """Likewise: the source may die long before its result, and another storage take its place."""
+    source_key: int
     source_version: int
     recompute: Callable[[Tensor], Tensor]
     """The values, in memory order, from the source's, flat."""
     affine: bool
-
-    @property
-    def source_key(self) -> int:
-        return int(self.source.cdata)
 
     @property
     def least_bits(self) -> int:
@@ -57,7 +57,7 @@ class CallTracker(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, least_numel: int) -> None:
         super().__init__()
-        self.call: FunctionCall | None = None
+        self._running: tuple[str | None, Arguments, Options] | None = None
         self._model = model
         self._least_numel = least_numel
         self._held: set[int | None] = set()
@@ -65,61 +65,93 @@ class CallTracker(TorchFunctionMode):
         # and the weak reference keeps the address from being reused.
         self._computed: dict[int | None, tuple[StorageWeakRef, int]] = {}
         self._derived: dict[int, Derivation] = {}
+        self._keys: dict[int, StorageWeakRef] = {}
         self.watch: Callable[[FunctionCall, Any], None] | None = None
         """Told of every function and its result, after it ran."""
+
+    @property
+    def call(self) -> FunctionCall | None:
+        """The torch function that runs. Made when asked for: of most functions nobody asks."""
+        return None if self._running is None else FunctionCall(*self._running)
 
     def refresh(self) -> None:
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
         self._held = _storages_of(self._model)
-        self._computed = {
-            key: entry for key, entry in self._computed.items() if not entry[0].expired()
-        }
-        self._derived.clear()
+        if self._computed:
+            self._computed = {
+                key: entry for key, entry in self._computed.items() if not entry[0].expired()
+            }
 
-    def owns(self, tensor: Tensor) -> bool:
-        """True for parameters, buffers, what was computed from them alone, and copies."""
-        if self.holds(tensor):
-            return True
-        return self.call is not None and any(map(self.holds, self.call.origins(tensor)))
+    def forget(self) -> None:
+        """What came from what: the forward is over."""
+        self._derived.clear()
+        self._keys.clear()
+
+    def prune(self) -> Collection[int]:
+        """Forget what can be of no use any more, and give the keys that can."""
+        self._derived = {
+            key: found for key, found in self._derived.items() if not self._keys[key].expired()
+        }
+        sources = {found.source_key for found in self._derived.values()}
+        self._keys = {
+            key: storage
+            for key, storage in self._keys.items()
+            if key in sources or not storage.expired()
+        }
+        return self._keys.keys()
+
+    def key_of(self, tensor: Tensor) -> int:
+        """Names the tensor's storage and until `forget` no other one, whether it lives or not."""
+        key = storage_key(tensor)
+        assert key is not None
+        if key not in self._keys:
+            # Keeps the address from being reused, so that a key never answers for a later storage.
+            self._keys[key] = StorageWeakRef(tensor.untyped_storage())
+        return key
 
     def holds(self, tensor: Tensor) -> bool:
         """True for parameters, buffers and what was computed from them alone."""
         key = storage_key(tensor)
+        if key in self._held:
+            return True
         if key in self._computed:
             return not tensor.is_inference() and self._computed[key][1] == tensor._version
-        return key in self._held or type(tensor) is nn.Parameter
+        return type(tensor) is Parameter
+
+    def made_copy(self, call: FunctionCall, tensor: Tensor) -> bool:
+        """True where `call` made `tensor`, which nobody holds, from what is the model's alone."""
+        for argument in call.args:
+            if argument is tensor:
+                return False  # as most are
+        return any(map(self.holds, call.origins(tensor)))
 
     def derivation(self, tensor: Tensor) -> Derivation | None:
         """How the tensor's storage comes from another one by arithmetic, if it does."""
-        found = self._derived.get(tensor.untyped_storage()._cdata)
+        key = storage_key(tensor)
+        found = None if key is None else self._derived.get(key)
         return found if found is not None and found.result_version == tensor._version else None
 
     def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None
     ) -> Any:
         name = getattr(func, "__name__", None)
         if name == "__get__":
             # An attribute: most calls are these, they save nothing, and what is a tensor is a view.
             return func(*args)
-        # At every function of a forward: the tuple's own constructor takes half the time.
-        call: FunctionCall = tuple.__new__(FunctionCall, (name, args, kwargs or {}))
+        options = kwargs or _NO_OPTIONS
         # Asked before the call, which may change an argument in place. Most calls begin with an
         # activation.
         first = args[0] if args else None
         of_the_model = not (isinstance(first, Tensor) and not self.holds(first)) and (
-            self._takes_only_the_models(call)
+            self._takes_only_the_models(args, options)
         )
-        previous, self.call = self.call, call
+        previous, self._running = self._running, (name, args, options)
         try:
-            result = func(*args, **call.kwargs)
+            result = func(*args, **options)
         finally:
-            self.call = previous
+            self._running = previous
         if self.watch is not None:
-            self.watch(call, result)
+            self.watch(FunctionCall(name, args, options), result)
         if of_the_model:
             for tensor in tensors_in(result):
                 self._add(tensor)
@@ -127,13 +159,13 @@ class CallTracker(TorchFunctionMode):
             name in _ARITHMETIC
             and isinstance(result, Tensor)
             and result.numel() >= self._least_numel
-            and _OPTIONS.issuperset(call.kwargs)
+            and _OPTIONS.issuperset(options)
         ):
-            self._record(call, func, result)
+            self._record(func, name, args, options, result)
         return result
 
-    def _takes_only_the_models(self, call: FunctionCall) -> bool:
-        tensors = list(call.tensors())
+    def _takes_only_the_models(self, args: Arguments, options: Options) -> bool:
+        tensors = list(tensors_in(*args, *options.values()))
         return bool(tensors) and all(map(self.holds, tensors))
 
     def _add(self, tensor: Tensor) -> None:
@@ -141,51 +173,58 @@ class CallTracker(TorchFunctionMode):
         if key is not None and key not in self._held and not tensor.is_inference():
             self._computed[key] = StorageWeakRef(tensor.untyped_storage()), tensor._version
 
-    def _record(self, call: FunctionCall, func: Any, result: Tensor) -> None:
+    def _record(
+        self, func: Any, name: str, args: Arguments, options: Options, result: Tensor
+    ) -> None:
         """Remember `result` where it is arithmetic on one storage alone."""
-        tensors = list(call.tensors())
-        if not all(_is_like(tensor, result) for tensor in tensors):
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if name in _OF_A_NUMBER and not _has_a_plain_number(name, args):
             return
-        operands = [self.derivation(tensor) or _itself(tensor) for tensor in tensors]
-        first = operands[0]
-        storage = result.untyped_storage()
-        same = all(
-            (operand.source_key, operand.source_version) == (first.source_key, first.source_version)
-            for operand in operands
-        )
-        if storage._cdata == tensors[0].untyped_storage()._cdata:
+        if not _fills_its_storage(result):
             return
-        known = call.name != "pow" or call.args[1] in (2, 3)
-        if not same or not known or (call.name == "div" and not _is_by_number(call)):
-            return
-        plan = iter([operand.recompute for operand in operands])
-        call_options = dict(call.kwargs)
         # Laid out as it was: on CPUs gelu has another kernel, of other last bits, where its input
         # is not contiguous.
-        shape, strides = result.shape, result.stride()
-        steps = [next(plan) if isinstance(value, Tensor) else value for value in call.args]
-        affine = all(operand.affine for operand in operands) and (
-            call.name in _SUMS or (len(tensors) == 1 and call.name in (*_PRODUCTS, "div"))
-        )
-        self._derived[storage._cdata] = Derivation(
-            StorageWeakRef(storage),
+        dtype, shape, strides = result.dtype, result.shape, result.stride()
+        operands = []
+        for tensor in tensors:
+            if not (
+                tensor.dtype == dtype
+                and tensor.shape == shape
+                and _fills_its_storage(tensor)
+                and tensor.stride() == strides
+            ):
+                return
+            operands.append(self.derivation(tensor) or self._itself(tensor))
+        first = operands[0]
+        if any(
+            (operand.source_key, operand.source_version) != (first.source_key, first.source_version)
+            for operand in operands[1:]
+        ):
+            return
+        key = self.key_of(result)
+        if key == storage_key(tensors[0]):
+            return
+        plan = iter([operand.recompute for operand in operands])
+        steps = [next(plan) if isinstance(value, Tensor) else value for value in args]
+        affine = name in _SUMS or (len(tensors) == 1 and name in _SCALINGS)
+
+        def recompute(flat: Tensor) -> Tensor:
+            values = [
+                step(flat).as_strided(shape, strides) if callable(step) else step for step in steps
+            ]
+            return func(*values, **options)
+
+        self._derived[key] = Derivation(
             result._version,
-            first.source,
+            first.source_key,
             first.source_version,
-            lambda flat: func(
-                *(
-                    step(flat).as_strided(shape, strides) if callable(step) else step
-                    for step in steps
-                ),
-                **call_options,
-            ),
-            affine,
+            recompute,
+            affine and all(operand.affine for operand in operands),
         )
 
-
-def _itself(tensor: Tensor) -> Derivation:
-    storage, version = StorageWeakRef(tensor.untyped_storage()), tensor._version
-    return Derivation(storage, version, storage, version, _same, affine=True)
+    def _itself(self, tensor: Tensor) -> Derivation:
+        version = tensor._version
+        return Derivation(version, self.key_of(tensor), version, _same, affine=True)
 
 
 def _same(flat: Tensor) -> Tensor:
@@ -194,36 +233,35 @@ def _same(flat: Tensor) -> Tensor:
 
 def _storages_of(model: nn.Module) -> set[int | None]:
     """The storages of the model's parameters and buffers; at every forward, so without names."""
-    storages = set()
-    seen = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if module in seen:
+    tensors: list[Tensor | None] = []
+    waiting: list[nn.Module | None] = [model]
+    seen: set[nn.Module] = set()
+    for module in waiting:
+        if module is None or module in seen:
             continue
         seen.add(module)
-        for held in (module._parameters, module._buffers):
-            if held:
-                storages.update([storage_key(one) for one in held.values() if one is not None])
-        if module._modules:
-            waiting += [child for child in module._modules.values() if child is not None]
+        state = module.__dict__  # at once: an attribute takes a module longer to find
+        if held := state["_parameters"]:
+            tensors += held.values()
+        if held := state["_buffers"]:
+            tensors += held.values()
+        if modules := state["_modules"]:
+            waiting += modules.values()
+    storages = {storage_key(tensor) for tensor in tensors if tensor is not None}
     storages.discard(None)
     return storages
 
 
-def _is_by_number(call: FunctionCall) -> bool:
-    return isinstance(call.args[0], Tensor) and isinstance(call.args[1], int | float)
+def _has_a_plain_number(name: str, args: Arguments) -> bool:
+    """Whether these divide a tensor by a number, or take its square or cube."""
+    if not (isinstance(args[0], Tensor) and isinstance(args[1], int | float)):
+        return False
+    return name == "div" or args[1] in (2, 3)
 
 
-def _is_like(source: Tensor, result: Tensor) -> bool:
-    """Whether both fill a storage of their own, value for value in the same order."""
-    if (source.dtype, source.shape, source.stride()) != (
-        result.dtype,
-        result.shape,
-        result.stride(),
-    ):
+def _fills_its_storage(tensor: Tensor) -> bool:
+    """Whether its storage holds its values and nothing else."""
+    if tensor.layout is not torch.strided or tensor.is_inference():
         return False
-    if storage_key(source) is None or source.is_inference() or source.is_sparse:
-        return False
-    size = result.numel() * result.dtype.itemsize
-    return source.untyped_storage().nbytes() == size == result.untyped_storage().nbytes()
+    size = tensor.numel() * tensor.dtype.itemsize
+    return storage_key(tensor) is not None and tensor.untyped_storage().nbytes() == size

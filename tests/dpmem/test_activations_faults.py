@@ -1,6 +1,7 @@
 """What went wrong once: programs, failures and shapes that compression must survive."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,3 +146,67 @@ def test_a_forward_of_larger_tensors_than_planned_is_said() -> None:
     with pytest.warns(UserWarning, match="saved larger tensors than the one before"):
         step(256)
     step(256)
+
+
+@pytest.mark.parametrize(
+    "power",
+    [
+        lambda x: torch.pow(2.0, x),
+        lambda x: torch.pow(x.exp(), x),
+        lambda x: torch.div(3.0 * x, x.exp()),
+    ],
+)
+def test_powers_and_quotients_of_tensors_are_no_arithmetic_on_one(
+    power: Callable[[Tensor], Tensor],
+) -> None:
+    """The exponent was asked whether it is 2, which a tensor cannot say."""
+    x = torch.randn(32, 32, requires_grad=True)
+    with dpmem.compress(NO_MODEL, LOSSLESS):
+        y = power(x)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, torch.autograd.grad(power(x).sum(), x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_arithmetic_on_sparse_rows_passes() -> None:
+    """They have no strides that could be asked for."""
+    torch.manual_seed(0)
+    rows = (torch.rand(64, 64) < 0.1).float().to_sparse_csr()
+    x = torch.randn(64, 32, requires_grad=True)
+    with dpmem.compress(NO_MODEL, LOSSLESS):
+        y = (rows * 0.5) @ x
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, torch.autograd.grad(((rows * 0.5) @ x).sum(), x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_lazy_module_is_made_inside() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(8))
+    store = ActivationStore(model, Policy(minimum_numel=256), seed=1)
+    with store:
+        y = model(torch.randn(64, 32))
+    assert store.compressed_tensors() != []
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_is_known_of_storages_does_not_grow_while_a_context_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dpmem.activations.store._FIRST_PRUNING", 16)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 8))
+    store = ActivationStore(model, LOSSLESS, seed=1)
+    x = torch.randn(32, 32)
+    exact = torch.autograd.grad(model(2 * x).sum(), model[0].weight)[0]
+    with store:
+        for _ in range(40):
+            y = model(2 * x)
+            assert torch.equal(torch.autograd.grad(y.sum(), model[0].weight)[0], exact)
+            del y
+    with store:
+        for _ in range(40):
+            torch.autograd.grad(model(2 * x).sum(), model[0].weight)
+        known = len(store._slots) + len(store._tracker._keys) + len(store._tracker._derived)
+    assert known < 100

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import dpmem.activations.forms as forms
 from dpmem.activations import ActivationStore, Policy
-from dpmem.activations.calls import FunctionCall
+from dpmem.activations.store import _unpack
 from dpmem_kernels import dequantize
 
 # Small enough for tests: everything above 256 values is compressed.
@@ -131,9 +131,9 @@ def test_unpacked_tensor_has_the_form_of_the_packed(
     permute.shuffle(order)
     x = torch.randn(shape).to(dtype).permute(order)
     with store:
-        store._tracker.call = FunctionCall("linear", (x,), {})
+        store._tracker._running = ("linear", (x,), {})
         packed = store._pack(x)
-    y = packed.restore()
+    y = _unpack(packed)
     assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
     span = float(x.float().max() - x.float().min())
     # Scale rounded outward to bf16 (8 significant bits, at most two units), codes off by at most
@@ -216,9 +216,9 @@ def test_what_is_not_compressed_passes_exactly(kind: str) -> None:
         "expanded from a part": lambda: torch.randn(2, 300)[:1].detach().expand(8, 300),
     }[kind]()
     with store:
-        store._tracker.call = FunctionCall("linear", (tensor,), {})
+        store._tracker._running = ("linear", (tensor,), {})
         packed = store._pack(tensor)
-    restored = packed.restore()
+    restored = _unpack(packed)
     assert store.compressed_tensors() == []
     assert restored.data_ptr() == tensor.data_ptr() if kind != "sparse" else restored.is_sparse
 
