@@ -8,10 +8,8 @@ tensor, forward, rank): torch's random state is neither read from nor moved.
 """
 
 import math
-import sys
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 
@@ -40,6 +38,7 @@ from dpmem.activations.forms import (
 )
 from dpmem.activations.offload import HostMemory
 from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
+from dpmem.activations.refusals import COMPILED, check_visible, compiled_code
 from dpmem.activations.roles import FOREIGN, MODEL, SMALL, PoolGeometry, Use, use_of
 from dpmem.activations.sensitivity import GradientReader
 from dpmem.activations.slots import (
@@ -60,11 +59,6 @@ Small = tuple[Tensor, int]
 Place = tuple[int, Layout | None]
 """A storage and where in it; None: all of it."""
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
-_COMPILED = (
-    "activation compression needs the model to run uncompiled; received a call of code that "
-    "torch.compile made: it saves all tensors at once, under no function's name, and asks for all "
-    "at once; leave torch.compile or the compression away"
-)
 
 
 class ActivationStore:
@@ -76,7 +70,8 @@ class ActivationStore:
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
     innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
-    NotImplementedError where compiled code runs inside.
+    NotImplementedError where compiled code runs inside, and for models whose functions cannot be
+    seen: TorchScript, and torch.nn.DataParallel on several devices.
     """
 
     def __init__(
@@ -88,6 +83,7 @@ class ActivationStore:
         rank: int = 0,
         agree: Agree | None = None,
     ) -> None:
+        check_visible(model)
         self._policy = policy
         self._seed, self._rank = seed, rank
         self._forward = 0
@@ -101,7 +97,6 @@ class ActivationStore:
             self._planner = Planner(
                 policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
             )
-        self._no_compiled_code: AbstractContextManager[None] | None = None
         # Weakly: what backward has used, or nobody can reach any more, is not kept from here.
         self._slots: dict[Place, weakref.ref[Slot]] = {}
         # Values of each storage of which parts are kept.
@@ -122,7 +117,7 @@ class ActivationStore:
 
     def __enter__(self) -> "ActivationStore":
         if torch.compiler.is_compiling():
-            raise NotImplementedError(_COMPILED)
+            raise NotImplementedError(COMPILED)
         if self._hooks is not None:
             raise RuntimeError(
                 "a model's activations must be compressed once; its store is already active; "
@@ -132,27 +127,23 @@ class ActivationStore:
             raise RuntimeError(
                 "activation compression must be the outermost saved-tensor hooks; others are "
                 "active (checkpoint, save_on_cpu or another compression), and torch runs only the "
-                "innermost; put the checkpoint inside the compressed model, not around it"
+                "innermost; put the checkpoint inside the compressed model, not around it; for two "
+                "models make one compression, of nn.ModuleList([first, second])"
             )
         if self._planner is not None:
             # May refuse: before anything is switched that only leaving switches back.
             self._planner.begin()
             self.reader = self._planner.reader
-        if "torch._dynamo" in sys.modules:
-            # Compiled code was compiled without the tracker's mode: torch's own guards notice.
-            try:
-                self._no_compiled_code = torch.compiler.set_stance("fail_on_recompile")
-            except RuntimeError as error:
-                raise NotImplementedError(_COMPILED) from error
+        self._tracker.refresh()
         self._forward += 1
         self._stream = self._number = 0
-        self._tracker.refresh()
         if self._host is not None:
             self._host.begin_forward()
         unpack = _unpack
         if self.reader is not None:
             self._tracker.watch = self.reader.arm
             unpack = partial(_unpack_and_read, self.reader)
+        compiled_code.refuse()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()
@@ -167,10 +158,8 @@ class ActivationStore:
         assert self._hooks is not None
         self._hooks.__exit__(kind, value, traceback)
         self._tracker.__exit__(kind, value, traceback)
+        compiled_code.allow()
         self._hooks = None
-        if self._no_compiled_code is not None:
-            self._no_compiled_code.__exit__(kind, value, traceback)
-            self._no_compiled_code = None
         self._tracker.watch = None
         self._tracker.forget()
         self._slots.clear()
@@ -178,7 +167,7 @@ class ActivationStore:
         if self._host is not None:
             self._host.end_forward()
         if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
-            raise NotImplementedError(_COMPILED) from value
+            raise NotImplementedError(COMPILED) from value
         if self._planner is not None:
             # Whatever became of this forward, the next one starts its own.
             saved, self.log = self.log, []

@@ -1,6 +1,7 @@
 """What went wrong once: programs, failures and shapes that compression must survive."""
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -210,3 +211,55 @@ def test_what_is_known_of_storages_does_not_grow_while_a_context_is_open(
             torch.autograd.grad(model(2 * x).sum(), model[0].weight)
         known = len(store._slots) + len(store._tracker._keys) + len(store._tracker._derived)
     assert known < 100
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["scripted", "traced", "a part", "a thread a device"])
+def test_models_whose_functions_cannot_be_seen_are_refused(how: str) -> None:
+    """Everything stayed exact, and nobody was told."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+    if how == "traced":
+        hidden = torch.jit.trace(model, torch.randn(2, 32))
+    elif how == "a thread a device":
+        hidden = nn.DataParallel(model)
+        hidden.device_ids = [0, 1]
+    else:
+        hidden = torch.jit.script(model)
+    if how == "a part":
+        hidden = nn.Sequential(nn.Linear(32, 32), hidden)
+    with pytest.raises(NotImplementedError, match=r"a process a device|scripted or traced"):
+        dpmem.compress(hidden, "4bit")
+
+
+def test_two_models_in_nested_contexts_are_told_what_to_do() -> None:
+    with (
+        dpmem.compress(Fragile(), "4bit"),
+        pytest.raises(RuntimeError, match=r"nn\.ModuleList"),
+        dpmem.compress(Fragile(), "4bit"),
+    ):
+        pass
+
+
+def test_contexts_of_two_threads_leave_the_compiler_as_it_was() -> None:
+    """The second to enter took the first's refusal of compiled code for what had been before."""
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with ActivationStore(Fragile(), LOSSLESS, seed=1):
+            first_in.set()
+            second_in.wait()
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait()
+        with ActivationStore(Fragile(), LOSSLESS, seed=1):
+            second_in.set()
+            first_out.wait()
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    compiled(torch.randn(3))
