@@ -1,6 +1,9 @@
 """`wrap` and `compress`: the calls that change a model."""
 
+import itertools
 import os
+import weakref
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -11,6 +14,8 @@ from dpmem.activations.store import ActivationStore
 from dpmem.config import Activations, Offload, Precision, Shard, WrapConfig
 from dpmem.data_parallel import DataParallel
 from dpmem.optimizer_step import check_clippable, check_scalable
+
+_forwards: weakref.WeakKeyDictionary[nn.Module, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 def wrap(
@@ -82,15 +87,16 @@ def wrap(
 def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -> ActivationStore:
     """A context in which what autograd saves of `model` is stored compressed.
 
-    For training loops that do not use `wrap`. Backward may run outside the context. Made once and
-    entered for every forward, each draws fresh noise; a byte budget needs that, because it learns
-    from one forward for the next.
+    For training loops that do not use `wrap`. Backward may run outside the context. Each forward of
+    a model draws fresh noise, on every rank its own. Make the context once and enter it for every
+    forward: a byte budget needs that, because it learns from one forward for the next.
 
     policy   a preset's name, a byte budget such as "6GiB", or a `Policy`
-    seed     keys the rounding noise; a context made anew each step needs another one each time
+    seed     keys the rounding noise
 
-    Raises ValueError for an unknown preset; on entering, RuntimeError inside other saved-tensor
-    hooks and where a budget cannot be met, NotImplementedError for compiled code.
+    Raises ValueError for an unknown preset; NotImplementedError for TorchScript;
+    on entering, RuntimeError inside other saved-tensor hooks and where a budget cannot be met,
+    NotImplementedError for compiled code.
 
     Example:
         compressed = dpmem.compress(model, "4bit")
@@ -102,7 +108,10 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
     resolved = WrapConfig(activations=policy).policy
     if resolved is None:
         raise ValueError("compress needs a policy; received None; use a preset such as '4bit'")
-    return ActivationStore(model, resolved, seed=seed)
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    # One count a model: a context that is made anew at every step would repeat its noise.
+    forwards = _forwards.setdefault(model, itertools.count(1))
+    return ActivationStore(model, resolved, seed=seed, rank=rank, forwards=forwards)
 
 
 def _initialise_from_torchrun(model: nn.Module) -> None:

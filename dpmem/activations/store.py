@@ -7,9 +7,10 @@ every view is restored with its own strides. The rounding noise is counter based
 tensor, forward, rank): torch's random state is neither read from nor moved.
 """
 
+import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
 
@@ -67,6 +68,7 @@ class ActivationStore:
     One instance serves a model for its life; each `with` is one forward and draws fresh noise.
     `seed` and `rank` key the noise, so that ranks and runs differ where they should. With a byte
     budget `agree` makes the ranks of a data-parallel model choose alike; None: there is one.
+    `forwards` numbers the forwards, where stores share that; None: from 1.
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
     innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
@@ -82,10 +84,12 @@ class ActivationStore:
         seed: int,
         rank: int = 0,
         agree: Agree | None = None,
+        forwards: Iterator[int] | None = None,
     ) -> None:
         check_visible(model)
         self._policy = policy
         self._seed, self._rank = seed, rank
+        self._forwards = itertools.count(1) if forwards is None else forwards
         self._forward = 0
         self._stream = 0
         self._least_numel = max(1, policy.minimum_numel)
@@ -135,7 +139,7 @@ class ActivationStore:
             self._planner.begin()
             self.reader = self._planner.reader
         self._tracker.refresh()
-        self._forward += 1
+        self._forward = next(self._forwards)
         self._stream = self._number = 0
         if self._host is not None:
             self._host.begin_forward()

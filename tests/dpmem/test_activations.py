@@ -197,3 +197,28 @@ def test_compress_is_a_context_manager() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(received, expected, strict=True))
     with pytest.raises(ValueError, match="received '5bit'"), dpmem.compress(model, "5bit"):
         pass
+
+
+def test_a_context_made_anew_at_every_step_does_not_repeat_its_noise() -> None:
+    model, windows = gpt()
+    runs = []
+    for _ in range(2):
+        with dpmem.compress(model, FOUR_BITS):
+            loss = next_byte_loss(model, windows)
+        loss.backward()
+        runs.append(gradients(model))
+    assert any(not torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_ranks_that_compress_draw_noise_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under DistributedDataParallel, whose ranks all make the same context."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    runs = []
+    for rank in range(2):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        model, windows = gpt()
+        with dpmem.compress(model, FOUR_BITS):
+            loss = next_byte_loss(model, windows)
+        loss.backward()
+        runs.append(gradients(model))
+    assert any(not torch.equal(a, b) for a, b in zip(*runs, strict=True))
