@@ -144,6 +144,11 @@ def _dropout(tensor: Tensor, call: FunctionCall) -> Use:
     return UNKNOWN
 
 
+def _product(tensor: Tensor, call: FunctionCall) -> Use:
+    # A square, as `_power` has it: in `x * x * x` its noise would meet that of the last factor.
+    return NONLINEAR if call.argument(0, "input") is call.argument(1, "other") else LINEAR
+
+
 def _power(tensor: Tensor, call: FunctionCall) -> Use:
     exponent = call.argument(1, "exponent")
     if isinstance(exponent, bool) or not isinstance(exponent, int | float):
@@ -199,9 +204,9 @@ ROLES: dict[str, Use | Rule] = {
     "addmm": LINEAR,
     "baddbmm": LINEAR,
     "einsum": LINEAR,
-    "mul": LINEAR,
-    "__mul__": LINEAR,
-    "__rmul__": LINEAR,
+    "mul": _product,
+    "__mul__": _product,
+    "__rmul__": _product,
     "conv1d": LINEAR,
     "conv2d": LINEAR,
     "conv3d": LINEAR,
