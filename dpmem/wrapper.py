@@ -44,7 +44,8 @@ def wrap(
                    whether it was given here or not
     activations    "lossless", "8bit", "4bit", "2bit", "offload", "4bit+offload" (any bits), a
                    byte budget such as "6GiB", or a `Policy`: how activations are stored between
-                   forward and backward; None leaves them to autograd
+                   forward and backward, of calls of the returned model; None leaves them to
+                   autograd
     max_grad_norm  clip the global 2-norm of the gradients to this before each step
     shard, offload "none" in this version
     process_group  ranks to average over; default: all. Under torchrun the default group is

@@ -23,7 +23,8 @@ class Policy:
                      many as the budget allows, by its part in the gradients' variance
     refresh_forwards with a budget: forwards from one reading of the gradients to the next
 
-    In every policy masks become bits, ReLU keeps a bit per value, pooling's indices a byte, one
+    Bits are for float32, bfloat16 and float16: values of other types, float64 too, stay exact. In
+    every policy masks become bits, ReLU keeps a bit per value, max_pool2d's indices a byte, one
     storage is kept once however often it is saved, and what is arithmetic on one kept tensor is
     computed again instead of kept.
 
