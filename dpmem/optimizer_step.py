@@ -2,7 +2,8 @@
 
 A step pre-hook reads the gradients' statistics (taken while each bucket was warm), computes one
 factor on the device, and multiplies gradients by it in one pass; where it is exactly 1 nothing
-moves. torch's fused optimizers take loss scale and flag themselves, so that pass is theirs.
+moves. torch's fused optimizers divide by loss scale and clip themselves, so that pass is theirs
+(docs/decisions/0005).
 """
 
 import weakref
@@ -158,11 +159,17 @@ class GradientStep:
             grad_scale_(self._gradients.gradients(), self._inverse_scale())
         self._scaled = False
 
-    @torch.no_grad()
-    def finish(self, *, fused: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients' last pass before an update: (what fused is left to divide by, flag).
+    @property
+    def may_skip(self) -> bool:
+        """Is a step whose gradients are not finite skipped?"""
+        return self._scaler is not None
 
-        Without `fused` they are multiplied here, and there is nothing to divide by.
+    @torch.no_grad()
+    def finish(self, *, deferred: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients' last pass before an update: (what it is left to divide by, flag).
+
+        Unless `deferred` to the update they are multiplied here, and there is nothing to divide by.
+        The flag is 1.0 where the step is to be skipped, None where none is skipped.
         """
         was_scaled = self._scaled
         found_inf = self._measure()
@@ -173,14 +180,12 @@ class GradientStep:
         factor = self._inverse_scale() if was_scaled else torch.ones_like(self.norm)
         if self._max_norm is not None:
             factor = factor * (self._max_norm / (self.norm + _NORM_EPSILON)).clamp(max=1.0)
-        if self._scaler is None:
-            grad_scale_(self._gradients.gradients(), factor)
-            return None, None
         self._report()
-        if fused:
-            return factor.reciprocal(), found_inf
+        skip = found_inf if self.may_skip else None
+        if deferred:
+            return factor.reciprocal(), skip
         grad_scale_(self._gradients.gradients(), factor)
-        return None, found_inf
+        return None, skip
 
     def _measure(self) -> Tensor | None:
         """Set the norm; 1.0 where a gradient is not finite, None where there is no gradient."""
@@ -221,15 +226,15 @@ class _Hook:
         # What was found of the optimizer's parameters, and of which state of things.
         self._checked: object = None
         self._holds_all = False
-        # torch's own mark of optimizers that take `grad_scale` and `found_inf`.
-        self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        # torch's fused SGD leaves its momentum uninitialised where its first step is skipped.
-        self._has_stepped = False
+        # What a second update of the same step is told: to divide by, to skip.
+        self._otherwise: tuple[Tensor, Tensor] | None = None
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        post_hook = optimizer.register_step_post_hook(self._after)
+        # First: those that users registered before must find the step complete.
+        optimizer._optimizer_step_post_hooks.move_to_end(  # type: ignore[attr-defined]
+            post_hook.id, last=False
+        )
+        self._handles = [optimizer.register_step_pre_hook(self._before), post_hook]
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -244,12 +249,11 @@ class _Hook:
                 "this optimizer's step was to clip or unscale the gradients of a wrapped model, "
                 "which is gone; train through the model that wrap returned, or wrap again"
             )
+        self._forget(optimizer)
         now = ([len(group["params"]) for group in optimizer.param_groups], step.trainable())
         if now != self._checked:
             self._holds_all = step.check_holds(optimizer)
             self._checked = now
-            # Parameters that are new to the optimizer take their first step.
-            self._has_stepped = False
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._finish(step, optimizer)
@@ -271,15 +275,18 @@ class _Hook:
         return (args[0], once, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _finish(self, step: GradientStep, optimizer: Any) -> None:
-        on_device = self._fused and self._has_stepped
-        divisor, found_inf = step.finish(fused=on_device and self._holds_all)
+        on_device = _takes_flags(optimizer) and not _is_new_to_some(optimizer)
+        steps_twice = not step.may_skip and type(optimizer) in _STEPS_TWICE
+        deferred = on_device and self._holds_all and (step.may_skip or steps_twice)
+        divisor, found_inf = step.finish(deferred=deferred)
         if found_inf is None:
-            return
-        if on_device:
+            if divisor is not None:
+                clips = (divisor != 1).float()
+                optimizer.grad_scale, optimizer.found_inf = None, clips
+                self._otherwise = divisor, 1 - clips
+        elif on_device:
             optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
-        elif (found_inf == 0).item():  # a forecast's tensors answer True: its steps are taken
-            self._has_stepped = True
-        else:
+        elif not (found_inf == 0).item():  # a forecast's tensors answer True: its steps are taken
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
@@ -287,11 +294,47 @@ class _Hook:
                         parameter.grad = None
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._otherwise is not None:
+            optimizer.grad_scale, optimizer.found_inf = self._otherwise
+            # Past the hooks, to which both updates are one step.
+            type(optimizer).step.__wrapped__(optimizer)
         for parameter, gradient in self._skipped:
             parameter.grad = gradient
+        self._forget(optimizer)
+
+    def _forget(self, optimizer: Any) -> None:
+        """What was meant for one step: when it is over, and before the next, as it may raise."""
         self._skipped = []
+        self._otherwise = None
         if hasattr(optimizer, "found_inf"):
             del optimizer.grad_scale, optimizer.found_inf
+
+
+# torch's own fused optimizers write gradients back wherever they are given something to divide by.
+# So a step that may clip updates twice, without and with the divisor, and flags on the device let
+# one of the two do nothing. Of others it is not known whether their step stands being called twice.
+_STEPS_TWICE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+
+
+def _takes_flags(optimizer: Optimizer) -> bool:
+    """Does the update take `grad_scale` and `found_inf`?"""
+    # torch's own mark. A loaded state dict, or a group added, may have taken `fused` back.
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        group.get("fused", True) for group in optimizer.param_groups
+    )
+
+
+def _is_new_to_some(optimizer: Optimizer) -> bool:
+    """Is there a gradient of a parameter that the optimizer has no state of?
+
+    A skipped step would give it some; torch's fused SGD would leave that uninitialised.
+    """
+    return any(
+        parameter.grad is not None and not optimizer.state.get(parameter)
+        for group in optimizer.param_groups
+        if group.get("momentum") != 0  # torch's SGD keeps no state then
+        for parameter in group["params"]
+    )
 
 
 def _watch_all_optimizers() -> None:

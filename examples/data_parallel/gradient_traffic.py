@@ -35,7 +35,8 @@ from dpmem_kernels import tensor_table_cpu
 REPORTS = Path(__file__).parents[2] / "reports"
 WIDTH, LAYERS, BATCH = 512, 8, 4
 ELEMENTS = WIDTH * WIDTH * LAYERS
-# Of these the optimizer's own memory is not counted: only the gradients they read.
+# Of these the optimizer's own memory is not counted: only the gradients that they read and, where
+# they are given a scale to divide by, write. Told to skip, they return before the first element.
 UPDATES = ("_fused_adamw_",)
 # They make gradients, or move no data.
 NOT_COUNTED = ("mm", "empty", "detach")
@@ -73,7 +74,10 @@ class Traffic(TorchDispatchMode):
         if namespace in NAMESPACES_NOT_COUNTED or name in NOT_COUNTED:
             return result
         if name in UPDATES:
-            self.add(name, sum(gradient.nbytes for gradient in args[1]))
+            found_inf = kwargs.get("found_inf")
+            if found_inf is None or found_inf.item() != 1:
+                writes = kwargs.get("grad_scale") is not None
+                self.add(name, sum(gradient.nbytes for gradient in args[1]) * (1 + writes))
             return result
         moved = 0
         for argument, value in zip(func._schema.arguments, args, strict=False):

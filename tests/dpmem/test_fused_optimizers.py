@@ -1,0 +1,230 @@
+"""Clipping and unscaling that torch's fused optimizers do in the pass of their update."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpmem
+
+FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
+    "adam amsgrad": (torch.optim.Adam, {"lr": 1e-2, "amsgrad": True}),
+    "sgd": (torch.optim.SGD, {"lr": 1e-2}),
+    "sgd momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 1e-2}),
+}
+MAX_NORM = 1.0
+# What each step's inputs are multiplied by: gradients beyond MAX_NORM, and within.
+SIZES = (100.0, 0.01, 100.0, 100.0, 0.01)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 8)).to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def fused(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    make, options = FUSED[name]
+    optimizer: torch.optim.Optimizer = make(model.parameters(), fused=True, **options)
+    return optimizer
+
+
+def start_at_scale_8(ours: dpmem.DataParallel) -> None:
+    """Where nothing overflows that need not."""
+    if ours.scaler is not None:
+        ours.scaler.load_state_dict({"scale": 8.0, "growth_tracker": 0, "skipped_steps": 0})
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUSED)
+def test_clipped_training_matches_clip_grad_norm(name: str, dtype: torch.dtype) -> None:
+    model = network(dtype)
+    plain = copy.deepcopy(model)
+    ours, optimizer = dpmem.wrap(model, fused(name, model), max_grad_norm=MAX_NORM)
+    theirs = fused(name, plain)
+    for step, size in enumerate(SIZES):
+        # From the same state, so that one step's roundings are all there is between them.
+        plain.load_state_dict(model.state_dict())
+        theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for wrapped in (ours, plain):
+            (wrapped(batch(step, dtype)).float().square().sum() * size).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
+        assert (float(norm) > MAX_NORM) == (size == 100.0)
+        theirs.step()
+        optimizer.step()
+        gradients = [flat(p.grad for p in m.parameters()) for m in (model, plain)]
+        parameters = [flat(m.parameters()) for m in (model, plain)]
+        if size == 100.0:
+            # A coefficient, a division and the gradient each round once or twice.
+            unit = torch.finfo(dtype).eps
+            for ours_flat, theirs_flat in (gradients, parameters):
+                assert torch.allclose(ours_flat, theirs_flat, rtol=4 * unit, atol=1e-2 * 4 * unit)
+        else:
+            assert torch.equal(*gradients)
+            assert torch.equal(*parameters)
+        optimizer.zero_grad()
+        theirs.zero_grad()
+    for state in optimizer.state.values():
+        if "step" in state:
+            assert float(state["step"]) == len(SIZES)
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where the host asks the device for a value."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        assert "_local_scalar_dense" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_steps_do_not_wait_for_the_device(name: str, precision: Any) -> None:
+    model = network()
+    ours, optimizer = dpmem.wrap(
+        model, fused(name, model), max_grad_norm=MAX_NORM, precision=precision
+    )
+    start_at_scale_8(ours)
+    for step, size in enumerate(SIZES):
+        (ours(batch(step)).square().sum() * size).backward()
+        if step == 0:
+            optimizer.step()
+            continue
+        with NoSync():
+            optimizer.step()
+
+
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_hooks_schedulers_and_closures_see_one_step(size: float) -> None:
+    model = network()
+    optimizer = fused("adamw", model)
+    seen: list[tuple[str, float]] = []
+
+    def saw(when: str) -> Any:
+        return lambda *_: seen.append((when, float(model[0].weight.detach().sum())))
+
+    optimizer.register_step_pre_hook(saw("before"))
+    optimizer.register_step_post_hook(saw("after"))
+    ours, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=MAX_NORM)
+    optimizer.register_step_pre_hook(saw("before"))
+    optimizer.register_step_post_hook(saw("after"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = ours(batch(0)).square().sum() * size
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        before = float(model[0].weight.detach().sum())
+        assert optimizer.step(closure).item() > 0
+        after = float(model[0].weight.detach().sum())
+        assert before != after
+        assert seen == [("before", before)] * 2 + [("after", after)] * 2
+        seen.clear()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 1e-2 / 4
+
+
+def test_a_subclass_steps_once() -> None:
+    class Counting(torch.optim.AdamW):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            return super().step(closure)
+
+    model = network()
+    ours, optimizer = dpmem.wrap(
+        model, Counting(model.parameters(), fused=True), max_grad_norm=MAX_NORM
+    )
+    for step in range(3):
+        (ours(batch(step)).square().sum() * 100.0).backward()
+        optimizer.step()
+        norm = flat(p.grad for p in model.parameters()).norm()
+        assert float(norm) == pytest.approx(MAX_NORM, rel=1e-4)
+        optimizer.zero_grad()
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_fused_that_a_loaded_state_took_back(precision: Any) -> None:
+    """A checkpoint of a run without fused: its steps take no flag."""
+    model = network()
+    plain = torch.optim.AdamW(model.parameters(), foreach=True)
+    model(batch(0)).sum().backward()
+    plain.step()
+    model.zero_grad()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ours, optimizer = dpmem.wrap(model, optimizer, precision=precision, max_grad_norm=MAX_NORM)
+    start_at_scale_8(ours)
+    optimizer.load_state_dict(plain.state_dict())
+    for step in range(2):
+        before = flat(model.parameters())
+        (ours(batch(step)).square().sum() * 100.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not torch.equal(before, flat(model.parameters()))
+
+
+def test_a_group_whose_first_step_is_skipped_gets_no_state() -> None:
+    """torch's fused SGD leaves the momentum of a skipped first step uninitialised."""
+    model = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x: Tensor, which: int) -> Tensor:
+            return self.layers[which](x)
+
+    groups = [{"params": layer.parameters()} for layer in model]
+    ours, optimizer = dpmem.wrap(
+        Part(), torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True), precision="fp16"
+    )
+    start_at_scale_8(ours)
+    for which, size in ((0, 1.0), (1, 1e6)):
+        ours(batch(0) * size, which).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours.scaler.skipped_steps == 1
+    assert not any(optimizer.state.get(p) for p in model[1].parameters())
+
+
+def test_a_step_that_raised_leaves_nothing_behind() -> None:
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
+    for step in range(2):
+        (ours(batch(step)).square().sum() * 100.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (ours(batch(2)).square().sum() * 100.0).backward()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a user's hook")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a user's hook"):
+        optimizer.step()
+    handle.remove()
+    optimizer.zero_grad()
+    before = flat(model.parameters())
+    optimizer.step()
+    assert torch.equal(before, flat(model.parameters()))
+    assert not hasattr(optimizer, "found_inf")
