@@ -90,8 +90,8 @@ class DataParallel(nn.Module, Joinable):
     DistributedDataParallel; until then all ranks hold the same averages.
 
     State dicts have the module's own keys, without `module.`; both forms load. Pickled and copied
-    wrappers join the default group; `wrap`'s max_grad_norm, which belongs to an optimizer, is not
-    copied.
+    wrappers join the default group, and train there once every rank has made the same; `wrap`'s
+    max_grad_norm, which belongs to an optimizer, is not copied.
 
     Raises ValueError for a module on several devices, for devices that are not the module's and
     for arguments that are not honoured, RuntimeError where no parameter requires a gradient or
@@ -173,7 +173,11 @@ class DataParallel(nn.Module, Joinable):
             wire_dtype,
         )
         self._config = WrapConfig()
-        self._connect(init_sync=init_sync)
+        if self.process_group is not None and dist.get_world_size(self.process_group) > 1:
+            check_ranks_agree(self._named_parameters(), self.process_group)
+            if init_sync:
+                broadcast(self._replicated(buffers=True), self.process_group)
+        self._connect()
         register_plain_keys(self)
 
     @staticmethod
@@ -372,14 +376,14 @@ class DataParallel(nn.Module, Joinable):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.process_group = group_of(None, None)
-        self._connect(init_sync=False)
+        self._connect()
         self._open_store()
         self._open_step(max_norm=None)
         if self._scaler is not None:
-            self._scaler.load_state_dict(state["_scaler"])
+            self._scaler.restore(state["_scaler"])
 
-    def _connect(self, *, init_sync: bool) -> None:
-        """Everything that needs the ranks: agreement, a common start, the reducer."""
+    def _connect(self) -> None:
+        """The reducer. No collective: one rank may make a copy of its own."""
         self._store = None
         self._step = None
         self._scaler = None
@@ -388,9 +392,6 @@ class DataParallel(nn.Module, Joinable):
         if self.process_group is None or dist.get_world_size(self.process_group) == 1:
             self._gradients = LocalGradients(named)
             return
-        check_ranks_agree(named, self.process_group)
-        if init_sync:
-            broadcast(self._replicated(buffers=True), self.process_group)
         sparse = sparse_weights(self.module)
         self._gradients = Reducer(
             named,

@@ -13,8 +13,10 @@ the matter of NCCL's own watchdog.
 import json
 import threading
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -30,7 +32,8 @@ GLANCE_S = 1.0
 _ROLL_CALL_S = 5.0
 _POLL_S = 0.05
 
-_numbers = count()
+# Of the wrappers over each group, by its name.
+_numbers: defaultdict[str, "count[int]"] = defaultdict(count)
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,18 @@ class Note:
 
 
 class Lockstep:
-    """The notes of one wrapper's ranks. Wrappers are made in the same order on all ranks."""
+    """The notes of one wrapper's ranks, called by their numbers in the default group.
+
+    Wrappers over one group are first trained in the same order on all its ranks. (One that is only
+    made, such as a copy that one rank keeps, has no notes.)
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        store = distributed_c10d._get_default_store()
-        self._timeout: timedelta = store.timeout  # type: ignore[attr-defined]
-        self._store = c10d.PrefixStore(f"dpmem lockstep {next(_numbers)}", store)
-        self._rank = dist.get_rank(group)
-        self._ranks = dist.get_world_size(group)
+        self._group_name = group.group_name
+        self._timeout: timedelta = distributed_c10d._get_default_store().timeout  # type: ignore[attr-defined]
+        self._rank = dist.get_rank()
+        self._ranks = dist.get_process_group_ranks(group)
+        self._others = [rank for rank in self._ranks if rank != self._rank]
         self._attempt = 0
         self._backwards = self._settled = self._empty = 0
         self._has_unchecked_empty = False
@@ -104,7 +111,7 @@ class Lockstep:
             return
         self._has_unchecked_empty = False
         deadline = time.monotonic() + self._timeout.total_seconds()
-        waiting = {rank for rank in range(self._ranks) if rank != self._rank}
+        waiting = set(self._others)
         while waiting:
             for rank in sorted(waiting):
                 note = self._read(rank)
@@ -147,7 +154,7 @@ class Lockstep:
         if not self._has_failed:
             return False
         deadline = time.monotonic() + self._timeout.total_seconds()
-        waiting = {rank for rank in range(self._ranks) if rank != self._rank}
+        waiting = set(self._others)
         began = self._backwards
         while waiting:
             for rank in sorted(waiting):
@@ -203,8 +210,8 @@ class Lockstep:
             self._write()
 
     def _look_for_failures(self) -> None:
-        for rank in range(self._ranks):
-            note = None if rank == self._rank else self._read(rank)
+        for rank in self._others:
+            note = self._read(rank)
             if note is None or note.failed is None or not self._is_of_this_attempt(note):
                 continue
             if note.waited:
@@ -229,7 +236,7 @@ class Lockstep:
     def _who_is_missing(self) -> str:
         """Those that are behind; else those that do not answer a roll call."""
         deadline = time.monotonic() + _ROLL_CALL_S
-        silent = [rank for rank in range(self._ranks) if rank != self._rank]
+        silent = self._others
         notes: dict[int, Note | None] = dict.fromkeys(silent)
         while silent and time.monotonic() < deadline:
             time.sleep(_POLL_S)
@@ -246,9 +253,15 @@ class Lockstep:
             for rank in silent
         )
         return (
-            f"averaged backward number {self._backwards} needs all {self._ranks} ranks; "
+            f"averaged backward number {self._backwards} needs all {len(self._ranks)} ranks; "
             f"{names} did not take part and no longer answers; see why it died or hangs"
         )
+
+    @cached_property
+    def _store(self) -> dist.Store:
+        number = next(_numbers[self._group_name])
+        prefix = f"dpmem lockstep {self._group_name} {number}"
+        return c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
 
     def _write(
         self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False

@@ -11,55 +11,62 @@ from torch import Tensor, nn
 def check_ranks_agree(
     parameters: Sequence[tuple[str, nn.Parameter]], group: dist.ProcessGroup
 ) -> None:
-    """Raises RuntimeError where ranks hold other names, shapes, dtypes or strides than rank 0."""
+    """Raises RuntimeError where a rank has other names, shapes, dtypes or strides than another."""
     mine = [
         (name, tuple(p.shape), str(p.dtype), p.stride(), p.requires_grad) for name, p in parameters
     ]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        if theirs == everyone[0]:
+    first, everyone = _gathered(mine, group)
+    for rank, theirs in everyone.items():
+        if theirs == everyone[first]:
             continue
         different = next(
-            (pair for pair in zip(everyone[0], theirs, strict=False) if pair[0] != pair[1]),
-            (f"{len(everyone[0])} parameters", f"{len(theirs)} parameters"),
+            (pair for pair in zip(everyone[first], theirs, strict=False) if pair[0] != pair[1]),
+            (f"{len(everyone[first])} parameters", f"{len(theirs)} parameters"),
         )
         raise RuntimeError(
-            "all ranks must wrap the same model; rank 0 and rank "
+            f"all ranks must wrap the same model; rank {first} and rank "
             f"{rank} differ: {different[0]} against {different[1]}; build it from the same "
             "configuration on every rank"
         )
 
 
 def check_same(group: dist.ProcessGroup, what: str, mine: object) -> None:
-    """Raises RuntimeError on all ranks where one has another value than rank 0. A collective."""
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        if theirs != everyone[0]:
+    """Raises RuntimeError on all ranks where one has another value than the first. A collective."""
+    first, everyone = _gathered(mine, group)
+    for rank, theirs in everyone.items():
+        if theirs != everyone[first]:
             raise RuntimeError(
-                f"all ranks must have the same {what}; rank 0 has {everyone[0]} and rank {rank} "
-                f"has {theirs}; give every rank the same"
+                f"all ranks must have the same {what}; rank {first} has {everyone[first]} and "
+                f"rank {rank} has {theirs}; give every rank the same"
             )
 
 
+def _gathered(mine: object, group: dist.ProcessGroup) -> tuple[int, dict[int, Any]]:
+    """The group's first rank, and what each has, by their numbers in the default group."""
+    ranks = dist.get_process_group_ranks(group)
+    everyone: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(everyone, mine, group=group)
+    return ranks[0], dict(zip(ranks, everyone, strict=True))
+
+
 def check_same_bits(tensors: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> None:
-    """Raises RuntimeError on all ranks where a tensor's bits differ from rank 0's. A collective.
+    """Raises RuntimeError on all ranks where a tensor's bits differ from the first's. A collective.
 
     Eight bytes of each tensor travel, its `_digest`.
     """
     with torch.no_grad():
         mine = torch.stack([_digest(tensor) for _, tensor in tensors])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    ranks = dist.get_process_group_ranks(group)
+    everyone = [torch.empty_like(mine) for _ in ranks]
     dist.all_gather(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
+    for rank, theirs in zip(ranks, everyone, strict=True):
         different = (theirs != everyone[0]).nonzero().flatten().tolist()
         if different:
             raise RuntimeError(
                 "all ranks must hold the same parameters and buffers bit for bit; rank "
-                f"{rank} differs from rank 0 in {len(different)} of {len(tensors)}, such as "
-                f"{tensors[different[0]][0]!r}; change them by the averaged gradients alone, or "
-                "wrap the model again to start from rank 0's"
+                f"{rank} differs from rank {ranks[0]} in {len(different)} of {len(tensors)}, such "
+                f"as {tensors[different[0]][0]!r}; change them by the averaged gradients alone, or "
+                "wrap the model again to start alike"
             )
 
 

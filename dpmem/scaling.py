@@ -74,6 +74,10 @@ class LossScaler:
             self._agree("loss scaler's state", problem or dict(state))
         if problem:
             raise ValueError(f"{problem}; the checkpoint is damaged or not a LossScaler's")
+        self.restore(state)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a good `state`, without asking the other ranks."""
         self._set(float(state["scale"]), state["growth_tracker"], state["skipped_steps"])
 
     def tensors(self) -> list[Tensor]:

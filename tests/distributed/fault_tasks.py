@@ -265,3 +265,32 @@ def one_reaches_no_parameter(rank: int, unused: bool) -> list[str | float]:
             seen.append(-1.0 if gradient is None else gradient.item())
         wrapped.zero_grad()
     return seen
+
+
+def halves(rank: int) -> tuple[str, bool]:
+    """Two groups of two, one wrapper each: rank 3 raises, and rank 1 keeps rank 0 waiting.
+
+    (What this rank's step says, is the step after it right.)
+    """
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    wrapped = dpmem.DataParallel(Net(), process_group=groups[rank // 2])
+    wrapped(torch.ones(2, 8)).sum().backward()
+    wrapped.zero_grad()
+    wrapped.module.fails = rank == 3
+    said = ""
+    try:
+        loss = wrapped(torch.ones(2, 8)).sum()
+        if rank == 1:
+            time.sleep(2.5)
+        loss.backward()
+    except (ArithmeticError, RuntimeError) as error:
+        said = str(error)
+    if rank == 3:
+        time.sleep(2.0)
+    wrapped.module.fails = False
+    wrapped.zero_grad()
+    wrapped(torch.full((2, 8), float(rank))).sum().backward()
+    gradient = wrapped.module.layers[0].weight.grad
+    both = [torch.empty_like(gradient) for _ in range(2)]
+    dist.all_gather(both, gradient, group=groups[rank // 2])
+    return said, torch.equal(*both)

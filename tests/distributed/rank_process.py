@@ -10,6 +10,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
     import backward_tasks
     import behaviour_tasks
     import finding_tasks
+    import group_tasks
     import scaling_tasks
     import sharding_jobs
     import tasks
@@ -31,6 +32,7 @@ def serve(rank: int, world_size: int, scratch: str, pipe: Any) -> None:
         backward_tasks,
         behaviour_tasks,
         finding_tasks,
+        group_tasks,
         scaling_tasks,
         sharding_jobs,
         wire_tasks,

@@ -83,6 +83,16 @@ def test_one_ranks_exception_is_an_error_on_all_and_training_goes_on(
         assert recovered
 
 
+def test_groups_do_not_hear_of_each_others_failures() -> None:
+    """And what they hear names ranks as the launcher does."""
+    with Doomed("halves", 4) as doomed:
+        answers = doomed.answers({0, 1, 2, 3})
+    assert answers[0] == answers[1] == ("", True)
+    assert answers[2][0].startswith("rank 3 failed in this step: the forward raised Arithmetic")
+    assert answers[3] == ("planned", True)
+    assert answers[2][1]
+
+
 def test_running_out_of_memory_in_a_forward_is_that_on_all() -> None:
     with Doomed("out_of_memory", 2) as doomed:
         answers = doomed.answers({0, 1})

@@ -1,0 +1,18 @@
+"""Several groups, several wrappers, wrappers of one rank."""
+
+from collections.abc import Callable
+
+import pytest
+
+Pool = Callable[[int], "Ranks"]  # noqa: F821 - conftest's, which tests cannot import
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_one_rank_may_copy_its_wrapper(ranks: Pool, precision: str) -> None:
+    assert ranks(2).run("copied_on_one_rank", precision=precision) == [[], []]
+
+
+def test_ranks_are_called_by_their_numbers_in_the_default_group(ranks: Pool) -> None:
+    for rank, error in enumerate(ranks(4).errors("different_models_in_a_group")):
+        first = rank // 2 * 2
+        assert f"rank {first} and rank {first + 1} differ" in str(error)
