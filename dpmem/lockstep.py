@@ -258,7 +258,7 @@ class Lockstep:
         )
 
     @cached_property
-    def _store(self) -> dist.Store:
+    def _store(self) -> c10d.Store:
         number = next(_numbers[self._group_name])
         prefix = f"dpmem lockstep {self._group_name} {number}"
         return c10d.PrefixStore(prefix, distributed_c10d._get_default_store())

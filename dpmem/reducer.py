@@ -35,6 +35,7 @@ from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dty
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
 from dpmem.lockstep import Lockstep
+from dpmem.turns import Turns
 from dpmem_kernels import GradStats
 
 _NO_GRAPH = (
@@ -116,6 +117,7 @@ class Reducer:
         self._synchronize = False
         self._local_backward = NO_BACKWARD
         self._end: weakref.ref[AtTheEnd] | None = None
+        self._turns: Turns | None = None
         # Raised at the next forward, because the ranks that wait need this backward to end well.
         self._complaint: str | None = None
         self._warned = False
@@ -270,6 +272,7 @@ class Reducer:
             self._settle()
             self._follow_order()
             self._lockstep.backward_begins()
+            self._turns = Turns.take(self._group, running_backward(), self)
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
 
@@ -302,6 +305,9 @@ class Reducer:
 
     def _reset(self) -> None:
         self._end = None
+        self._turns = None
+        # Who received no gradient; None until the backward is over.
+        self._missing: list[int] | None = None
         self._next = 0
         self._arrivals = dict.fromkeys(self._trainable, 0)
         self._waiting = [len(members) for members in self._members]
@@ -333,8 +339,9 @@ class Reducer:
             self._seen.append(index)
         number, _ = self._place_of[index]
         self._waiting[number] -= 1
-        while self._next < len(self._buffers) and self._waiting[self._next] == 0:
-            self._launch()
+        if self._waiting[number] == 0:
+            assert self._turns is not None
+            self._turns.launch_full()
 
     def _is_last_arrival(self, index: int, times: int) -> bool:
         """Of a static graph, whose first backward shows how often each gradient arrives."""
@@ -343,6 +350,24 @@ class Reducer:
         if times == 1 and self._seen is not None:
             self._seen.append(index)
         return False
+
+    def launch_full(self) -> bool:
+        """Launch buckets in their order, as far as they are full. Is everything launched?"""
+        while self._next < len(self._buffers) and self._waiting[self._next] == 0:
+            self._launch()
+        return self._next == len(self._buffers)
+
+    def launch_rest(self) -> None:
+        """The backward is over: launch what is left, because the other ranks wait for it."""
+        if not any(self._arrivals.values()) and not (is_whole_backward() and self._may_be_unused()):
+            return
+        self._missing = [
+            i
+            for i, times in self._arrivals.items()
+            if times == 0 and self._parameters[i].grad is None
+        ]
+        while self._next < len(self._buffers):
+            self._launch()
 
     def _launch(self) -> None:
         """Pack the next bucket and start its all-reduce."""
@@ -380,23 +405,16 @@ class Reducer:
 
     def _finish(self) -> None:
         """End of backward: launch what is left, await everything, give the gradients back."""
-        if not any(self._arrivals.values()):
-            is_whole = is_whole_backward()
-            if not (is_whole and self._may_be_unused()):
-                # It went through the outputs to other tensors alone.
-                self._lockstep.backward_was_empty(whole=is_whole)
-                self._reset()
-                return
+        assert self._turns is not None
+        self._turns.launch_rest()
+        missing = self._missing
+        if missing is None:
+            # It went through the outputs to other tensors alone.
+            self._lockstep.backward_was_empty(whole=is_whole_backward())
+            self._reset()
+            return
         with torch.no_grad():
-            missing = [
-                i
-                for i, times in self._arrivals.items()
-                if times == 0 and self._parameters[i].grad is None
-            ]
             self._check_static()
-            # Whatever is missing here: the other ranks wait in these collectives.
-            while self._next < len(self._buffers):
-                self._launch()
             for number, buffer in enumerate(self._buffers):
                 buffer.arrive(self._await(number), take_stats=self.collect_stats)
             remote = self._agree_on_unused(missing)

@@ -16,3 +16,9 @@ def test_ranks_are_called_by_their_numbers_in_the_default_group(ranks: Pool) -> 
     for rank, error in enumerate(ranks(4).errors("different_models_in_a_group")):
         first = rank // 2 * 2
         assert f"rank {first} and rank {first + 1} differ" in str(error)
+
+
+@pytest.mark.parametrize("how", ["chained", "side by side"])
+def test_several_wrappers_in_one_backward(ranks: Pool, how: str) -> None:
+    """Unused parameters on one rank must not make buckets of one meet buckets of the other."""
+    assert ranks(2).run("several_wrappers", how=how) == [[], []]
