@@ -70,7 +70,9 @@ class Lockstep:
         self._timeout: timedelta = distributed_c10d._get_default_store().timeout  # type: ignore[attr-defined]
         self._rank = dist.get_rank()
         self._ranks = dist.get_process_group_ranks(group)
-        self._others = [rank for rank in self._ranks if rank != self._rank]
+        # In a forecast there are none.
+        is_real = dist.get_backend(group) != "fake"
+        self._others = [rank for rank in self._ranks if rank != self._rank and is_real]
         self._attempt = 0
         self._backwards = self._settled = self._empty = 0
         self._has_unchecked_empty = False
@@ -136,6 +138,37 @@ class Lockstep:
                     "it is alive"
                 )
             time.sleep(_POLL_S if waiting else 0)
+
+    def tell_plan(self, plan: str) -> None:
+        """Before a backward that goes by a new plan: what of it all ranks must have alike."""
+        self._set(f"{self._rank} plan", plan)
+
+    def plan_of_next(self) -> tuple[int, str] | None:
+        """The rank after this one, in a ring, and by what plan its part of this backward goes.
+
+        Where plans differ somewhere, one whose plan is new sees it, if all such ask. None where
+        there is no other rank, or where it failed.
+        """
+        if not self._others:
+            return None
+        rank = next((other for other in self._others if other > self._rank), self._others[0])
+        started = time.monotonic()
+        pause_s = _POLL_S / 64
+        while True:
+            note = self._read(rank)
+            if note is not None and self._is_of_this_attempt(note):
+                if note.failed is not None:
+                    return None
+                if note.backwards >= self._backwards:
+                    return rank, self._get(f"{rank} plan") or ""
+            waited_s = time.monotonic() - started
+            if waited_s > GLANCE_S:
+                self._tell_that_it_waits()
+                self._look_for_failures()
+            if waited_s > self._timeout.total_seconds():
+                raise RuntimeError(self._who_is_missing())
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _POLL_S)
 
     def failed(self, error: BaseException | None, where: str, *, waited: bool = False) -> None:
         """This rank's step failed; the first failure of a step is the one that counts."""
@@ -268,16 +301,21 @@ class Lockstep:
     ) -> None:
         progress = (self._attempt, self._backwards, self._settled, self._empty)
         note = Note(*progress, failed, out_of_memory, waited, self._is_waiting)
+        self._set(str(self._rank), json.dumps(asdict(note)))
+
+    def _read(self, rank: int) -> Note | None:
+        note = self._get(str(rank))
+        return None if note is None else Note(**json.loads(note))
+
+    def _set(self, key: str, value: str) -> None:
         try:
-            self._store.set(str(self._rank), json.dumps(asdict(note)))
+            self._store.set(key, value)
         except RuntimeError as error:
             raise self._store_is_gone() from error
 
-    def _read(self, rank: int) -> Note | None:
+    def _get(self, key: str) -> str | None:
         try:
-            if not self._store.check([str(rank)]):
-                return None
-            return Note(**json.loads(self._store.get(str(rank))))
+            return self._store.get(key).decode() if self._store.check([key]) else None
         except RuntimeError as error:
             raise self._store_is_gone() from error
 

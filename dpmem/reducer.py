@@ -120,6 +120,8 @@ class Reducer:
         self._turns: Turns | None = None
         # Raised at the next forward, because the ranks that wait need this backward to end well.
         self._complaint: str | None = None
+        # Raised from then on: the other ranks' buckets are of other sizes than this one's.
+        self._broken: RuntimeError | None = None
         self._warned = False
         self._handles: dict[int, RemovableHandle] = {}
         self._trainable: tuple[int, ...] = ()
@@ -137,6 +139,8 @@ class Reducer:
         if running_backward() != NO_BACKWARD:
             return
         if synchronize:
+            if self._broken is not None:
+                raise self._broken
             self._lockstep.check_empty_backward()
             if self._lockstep.recover():
                 self._follow_order()
@@ -191,7 +195,7 @@ class Reducer:
         self._settle()
         self._follow_trainable()
         self._follow_order()
-        self._lockstep.backward_begins()
+        self._announce()
         self._complete_empty()
 
     def bucket_tensors(self) -> list[Tensor]:
@@ -219,6 +223,7 @@ class Reducer:
         if trainable == self._trainable and hasattr(self, "plan"):
             return
         self._trainable = trainable
+        self._is_new_to_others = self._is_unchecked = True
         for index in trainable:
             if index not in self._handles:
                 hook = _hook(weakref.ref(self), index)
@@ -271,10 +276,40 @@ class Reducer:
         if not self._is_averaging():
             self._settle()
             self._follow_order()
-            self._lockstep.backward_begins()
+            self._announce()
             self._turns = Turns.take(self._group, running_backward(), self)
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
+
+    def _announce(self) -> None:
+        """An averaged backward begins."""
+        if self._is_new_to_others:
+            self._is_new_to_others = False
+            self._lockstep.tell_plan(self._trained())
+        self._lockstep.backward_begins()
+
+    def _trained(self) -> str:
+        """Which parameters require a gradient: "1" and "0" for each."""
+        return "".join("01"[i in self._arrivals] for i in range(len(self._parameters)))
+
+    def _check_plan(self) -> None:
+        """Once a plan is new: do other ranks go by the same? Buckets of others match by chance."""
+        if not self._is_unchecked:
+            return
+        self._is_unchecked = False
+        answer = self._lockstep.plan_of_next()
+        if answer is None or answer[1] == self._trained():
+            return
+        rank, theirs = answer
+        pairs = enumerate(zip(self._trained(), theirs, strict=True))
+        different = [self._names[i] for i, (mine, other) in pairs if mine != other]
+        self._broken = RuntimeError(
+            "all ranks must train the same parameters; requires_grad differs between rank "
+            f"{dist.get_rank()} and rank {rank} for {len(different)}, such as {different[0]!r}; "
+            "freeze alike on all ranks, and start again from a checkpoint"
+        )
+        self._lockstep.failed(self._broken, "averaging")
+        raise self._broken
 
     def _skip(self, _: Tensor) -> None:
         """A backward reached an output of a local forward."""
@@ -371,6 +406,7 @@ class Reducer:
 
     def _launch(self) -> None:
         """Pack the next bucket and start its all-reduce."""
+        self._check_plan()
         buffer = self._buffers[self._next]
         try:
             with torch.no_grad():

@@ -294,3 +294,20 @@ def halves(rank: int) -> tuple[str, bool]:
     both = [torch.empty_like(gradient) for _ in range(2)]
     dist.all_gather(both, gradient, group=groups[rank // 2])
     return said, torch.equal(*both)
+
+
+def frozen_differently(rank: int, which: tuple[int | None, ...]) -> tuple[str, str]:
+    """Rank r freezes layer which[r] after a good step. What this step and the next one say."""
+    wrapped = dpmem.DataParallel(Net())
+    assert _step_is_right(wrapped, rank)
+    layer = which[rank]
+    if layer is not None:
+        wrapped.module.layers[layer].requires_grad_(False)
+    said = []
+    for _ in range(2):
+        wrapped.zero_grad()
+        try:
+            wrapped(torch.ones(2, 8)).sum().backward()
+        except RuntimeError as error:
+            said.append(str(error))
+    return tuple(said)

@@ -93,6 +93,28 @@ def test_groups_do_not_hear_of_each_others_failures() -> None:
     assert answers[2][1]
 
 
+@pytest.mark.parametrize(
+    ("which", "differ"),
+    [
+        ((2, 0), 4),
+        pytest.param((None, 1), 2, marks=slow),
+        pytest.param((1, None, 1), 2, marks=slow),
+    ],
+)
+def test_ranks_that_freeze_differently_are_told(which: tuple[int | None, ...], differ: int) -> None:
+    """(2, 0): of the same size, so that the collectives would match."""
+    with Doomed("frozen_differently", len(which), which=which) as doomed:
+        answers = doomed.answers(set(range(len(which))))
+    assert all(len(said) == 2 for said in answers.values())
+    told = [said[0] for said in answers.values() if said[0].startswith("all ranks must train")]
+    assert told
+    for error in told:
+        assert f"for {differ}, such as 'layers." in error
+        assert "freeze alike on all ranks" in error
+    for said in answers.values():
+        assert "all ranks must train the same parameters" in said[0]
+
+
 def test_running_out_of_memory_in_a_forward_is_that_on_all() -> None:
     with Doomed("out_of_memory", 2) as doomed:
         answers = doomed.answers({0, 1})
