@@ -50,8 +50,9 @@ class DataParallel(nn.Module, Joinable):
     broadcast_buffers            torch's older name of forward_sync_buffers
     init_sync                    parameters and buffers are broadcast from rank 0 now
     process_group                default: the default group; world size 1 where there is none
-    bucket_cap_mb                MiB after which a bucket is full (25). While one is packed, its
-                                 gradients exist twice: smaller buckets lower that part of the peak
+    bucket_cap_mb                MiB after which a bucket is full (25); 0: one gradient in each.
+                                 While one is packed, its gradients exist twice: smaller buckets
+                                 lower that part of the peak
     find_unused_parameters       parameters that received no gradient in a backward on this rank
                                  get the others' average, and stay as they are where no rank had one
     check_reduction              no effect, there as here
@@ -163,7 +164,9 @@ class DataParallel(nn.Module, Joinable):
         # As DistributedDataParallel has it, for callers of torch's _sync_module_states.
         self.broadcast_bucket_size = 250 * 2**20
         self.bucket_bytes_cap_list = [int(mib * 2**20) for mib in bucket_cap_mb_list or ()]
-        capacity_bytes = int((bucket_cap_mb or _BUCKET_CAPACITY_MIB) * 2**20)
+        capacity_mib = _BUCKET_CAPACITY_MIB if bucket_cap_mb is None else bucket_cap_mb
+        # DistributedDataParallel's 0 is a bucket for each.
+        capacity_bytes = int(capacity_mib * 2**20) or 1
         capacities = (min(_FIRST_BUCKET_BYTES, capacity_bytes), capacity_bytes)
         self._options = ReducerOptions(
             tuple(self.bucket_bytes_cap_list) or capacities,
@@ -420,6 +423,14 @@ class DataParallel(nn.Module, Joinable):
             self._scaler = LossScaler(self.device, agree)
         if max_norm is None and self._scaler is None:
             return
+        ignored = self.parameters_to_ignore
+        own = [n for n, p in self.module.named_parameters() if n in ignored and p.requires_grad]
+        if own:
+            raise ValueError(
+                "max_grad_norm and precision='fp16' work on gradients that all ranks share; "
+                f"{len(own)} that are trained were to be ignored, such as {own[0]!r}; freeze them, "
+                "or clip and scale yourself"
+            )
         self._step = GradientStep(self.module, self._gradients, max_norm, self._scaler)
         if isinstance(self._gradients, Reducer):
             self._gradients.collect_stats = True

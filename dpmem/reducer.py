@@ -34,9 +34,10 @@ from dpmem.backward_collectives import order_of_first_rank, used_on_some_rank
 from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dtype
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
+from dpmem.layout import writable_gradient
 from dpmem.lockstep import Lockstep
 from dpmem.turns import Turns
-from dpmem_kernels import GradStats
+from dpmem_kernels import GradStats, grad_stats
 
 _NO_GRAPH = (
     "backward(create_graph=True) of a model whose gradients are averaged: averages are computed "
@@ -124,6 +125,7 @@ class Reducer:
         self._broken: RuntimeError | None = None
         self._warned = False
         self._handles: dict[int, RemovableHandle] = {}
+        self._planned_for: list[tuple[bool, torch.dtype]] = []
         self._trainable: tuple[int, ...] = ()
         self._follow_trainable()
         # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
@@ -204,11 +206,17 @@ class Reducer:
 
     def gradients(self) -> list[Tensor]:
         """Every gradient once, flat: a whole bucket where all its gradients are still its views."""
-        return [gradient for buffer in self._buffers for gradient in buffer.gradients()]
+        return [*self._kept(), *(g for buffer in self._buffers for g in buffer.gradients())]
 
     def stats(self) -> list[GradStats]:
         """Sums of squares and finite flags that together cover `gradients()`."""
-        return [stats for buffer in self._buffers for stats in buffer.stats()]
+        kept = self._kept()
+        of_kept = [grad_stats(kept)] if kept else []
+        return [*of_kept, *(stats for buffer in self._buffers for stats in buffer.stats())]
+
+    def _kept(self) -> list[Tensor]:
+        """Gradients that parameters had when they were frozen: optimizers update with these too."""
+        return [writable_gradient(p) for p in self._frozen if p.grad is not None]
 
     def retire(self) -> None:
         """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
@@ -217,12 +225,15 @@ class Reducer:
     def _follow_trainable(self) -> None:
         """Plan for the parameters that require a gradient now, where these are others than before.
 
-        A plan depends on nothing else, so ranks that freeze alike plan alike.
+        A plan depends on nothing else but their dtypes, so ranks that freeze alike plan alike.
         """
-        trainable = tuple(i for i, p in enumerate(self._parameters) if p.requires_grad)
-        if trainable == self._trainable and hasattr(self, "plan"):
+        planned_for = [(p.requires_grad, p.dtype) for p in self._parameters]
+        if planned_for == self._planned_for:
             return
+        self._planned_for = planned_for
+        trainable = tuple(i for i, p in enumerate(self._parameters) if p.requires_grad)
         self._trainable = trainable
+        self._frozen = [p for p in self._parameters if not p.requires_grad]
         self._is_new_to_others = self._is_unchecked = True
         for index in trainable:
             if index not in self._handles:

@@ -111,6 +111,45 @@ def frozen_and_unfrozen(rank: int) -> tuple[list[str], list[int]]:
     return different, sizes
 
 
+def gradients_in_a_bucket(rank: int, bucket_cap_mb: float) -> list[int]:
+    wrapped = dpmem.DataParallel(Layers(), bucket_cap_mb=bucket_cap_mb)
+    return [len(bucket.slots) for bucket in wrapped._gradients.plan.buckets]
+
+
+def frozen_with_a_gradient(rank: int) -> tuple[float, float]:
+    """(norm clipping saw, norm of all that the optimizer updates with) where a gradient is kept."""
+    model = Layers()
+    wrapped, optimizer = dpmem.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), max_grad_norm=1e-3
+    )
+    wrapped(input_of(rank)).square().sum().backward()
+    model.layers["a"].requires_grad_(False)
+    wrapped(input_of(rank)).square().sum().backward()
+    before = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    optimizer.step()
+    after = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert abs(float(after) / 1e-3 - 1) < 1e-4
+    return float(wrapped.grad_norm), float(before)
+
+
+def converted_after_wrapping(rank: int) -> list[str]:
+    model = Layers()
+    wrapped = dpmem.DataParallel(model)
+    different = []
+    for dtype in (torch.bfloat16, torch.float32):
+        wrapped.to(dtype)
+        x = [input_of(other).to(dtype) for other in range(dist.get_world_size())]
+        expected = averaged(model, lambda model, rank, x=x: model(x[rank]).sum())
+        wrapped(x[rank]).sum().backward()
+        different += [
+            f"{dtype}: {name}"
+            for (name, p), want in zip(model.named_parameters(), expected, strict=True)
+            if p.grad.dtype != dtype or not torch.allclose(p.grad, want, rtol=2**-6)
+        ]
+        wrapped.zero_grad()
+    return different
+
+
 def used_only_under_no_sync(rank: int) -> list[str]:
     """pytorch/pytorch#69031: layer b has a gradient from no_sync alone."""
     model = Layers()

@@ -25,6 +25,22 @@ def test_freezing_and_unfreezing(ranks: Pool) -> None:
         assert sizes == [3 * layer, layer, 2 * layer, 3 * layer]
 
 
+@pytest.mark.parametrize(("bucket_cap_mb", "each"), [(0, [1] * 6), (25.0, [6])])
+def test_a_capacity_of_nothing_is_a_bucket_for_each(
+    ranks: Pool, bucket_cap_mb: float, each: list[int]
+) -> None:
+    assert ranks(2).run("gradients_in_a_bucket", bucket_cap_mb=bucket_cap_mb) == [each, each]
+
+
+def test_a_gradient_kept_while_frozen_is_clipped_with_the_others(ranks: Pool) -> None:
+    for seen, expected in ranks(2).run("frozen_with_a_gradient"):
+        assert seen == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_may_be_converted_after_wrapping(ranks: Pool) -> None:
+    assert ranks(2).run("converted_after_wrapping") == [[], []]
+
+
 def test_gradients_from_no_sync_alone_are_averaged(ranks: Pool) -> None:
     assert ranks(2).run("used_only_under_no_sync") == [[], []]
 

@@ -289,6 +289,18 @@ def test_frozen_parameters_stay_out_of_the_norm() -> None:
     assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"precision": "fp16"}])
+def test_ignored_parameters_cannot_be_clipped_or_scaled(options: dict[str, object]) -> None:
+    """Their gradients are each rank's own, and so would be the norm and the flag."""
+    model = nn.Linear(2, 2)
+    dpmem.DataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bias"])
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="1 that are trained were to be ignored, such as 'bias'"):
+        dpmem.wrap(model, optimizer, **options)
+    model.bias.requires_grad_(False)
+    dpmem.wrap(model, optimizer, **options)
+
+
 def test_strangers_in_the_optimizer_are_refused() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))])
