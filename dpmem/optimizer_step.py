@@ -99,6 +99,9 @@ class GradientStep:
         self._scaled = False
         # The flag of gradients that were unscaled and that the scaler has not heard of.
         self._unreported: Tensor | None = None
+        # True within an optimizer's step, whose own optimizers (ZeroRedundancyOptimizer has one)
+        # find the gradients ready.
+        self.is_stepping = False
         self.norm: Tensor | None = None
         if scaler is not None:
             _SCALING.add(self)
@@ -140,6 +143,7 @@ class GradientStep:
         """A gradient as it enters the module: times the scale."""
         assert self._scaler is not None
         if not self._scaled:
+            self.is_stepping = False  # where a step raised
             self._report()
             # What was not set to None since the last step is added to, so it needs the new scale.
             with torch.no_grad():
@@ -254,6 +258,7 @@ class _Hook:
         if now != self._checked:
             self._holds_all = step.check_holds(optimizer)
             self._checked = now
+        step.is_stepping = True
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if closure is None:
             self._finish(step, optimizer)
@@ -298,6 +303,9 @@ class _Hook:
             optimizer.grad_scale, optimizer.found_inf = self._otherwise
             # Past the hooks, to which both updates are one step.
             type(optimizer).step.__wrapped__(optimizer)
+        step = self.step()
+        if step is not None:
+            step.is_stepping = False
         for parameter, gradient in self._skipped:
             parameter.grad = gradient
         self._forget(optimizer)
@@ -349,7 +357,7 @@ _watching: list[Any] = []
 def _adopt(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if optimizer not in _HOOKS:
         for step in list(_SCALING):
-            if step.serves(optimizer):
+            if step.serves(optimizer) and not step.is_stepping:
                 step.adopt(optimizer)
 
 

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmem
@@ -74,6 +75,33 @@ def scaled_training(
     held = torch.cat([held, ours.scaler.scale.reshape(1)])
     ratio = float(ours.scaler.scale) / scaler.get_scale()
     return worst, ours.scaler.skipped_steps, ratio, _agree(held)
+
+
+def sharded_optimizer(rank: int, max_norm: float | None) -> tuple[list[str], int]:
+    """ZeroRedundancyOptimizer, which steps another inside, beside the plain one; and the skips."""
+    models = [_network(), _network()]
+    optimizers = [
+        ZeroRedundancyOptimizer(models[0].parameters(), torch.optim.AdamW, lr=1e-2),
+        torch.optim.AdamW(models[1].parameters(), lr=1e-2),
+    ]
+    wrapped = [
+        dpmem.wrap(model, optimizer, precision="fp16", max_grad_norm=max_norm)[0]
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    for step in range(4):
+        x = _batch(rank, step, 0) * (1e6 if step == 2 and rank == 1 else 1.0)
+        for model, optimizer in zip(wrapped, optimizers, strict=True):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    different = [
+        name
+        for (name, ours), theirs in zip(
+            models[0].named_parameters(), models[1].parameters(), strict=True
+        )
+        if not torch.equal(ours, theirs)
+    ]
+    return different, wrapped[0].scaler.skipped_steps
 
 
 def different_scaler_states(rank: int, damaged: bool) -> None:

@@ -25,6 +25,11 @@ def test_accumulated_training_matches_ddp_under_grad_scaler(
         assert worst == 0.0 if max_norm is None else worst < 3 * 1e-2 * 256 * 2**-24
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_an_optimizer_that_steps_another(ranks: Pool, max_norm: float | None) -> None:
+    assert ranks(2).run("sharded_optimizer", max_norm=max_norm) == [([], 1)] * 2
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_ranks_load_one_scaler_state(ranks: Pool, damaged: bool) -> None:
     for error in ranks(2).errors("different_scaler_states", damaged=damaged):
