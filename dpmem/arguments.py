@@ -55,7 +55,11 @@ def refuse(option: str, value: object, only: object, why: str) -> None:
 
 
 def group_of(process_group: dist.ProcessGroup | None, mesh: Any) -> dist.ProcessGroup | None:
-    """The ranks to average over; None for this one alone."""
+    """The ranks to average over; None for this one alone.
+
+    Raises RuntimeError for two groups, for a mesh of several dimensions and for a group that this
+    rank is not in.
+    """
     if mesh is not None:
         if process_group is not None:
             raise RuntimeError("Cannot specify both process_group and device_mesh arguments.")
@@ -68,6 +72,11 @@ def group_of(process_group: dist.ProcessGroup | None, mesh: Any) -> dist.Process
         return group
     if process_group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
+    if process_group is not None and dist.get_rank(process_group) < 0:
+        raise RuntimeError(
+            "a model is wrapped on the ranks of its process group; received a group that this rank "
+            "is not in; wrap it on the others only"
+        )
     return process_group
 
 

@@ -31,13 +31,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dpmem.backward import NO_BACKWARD, AtTheEnd, is_whole_backward, running_backward
 from dpmem.backward_collectives import order_of_first_rank, used_on_some_rank
-from dpmem.bucket_buffer import BucketBuffer, Member, SparseBuffer, size_and_dtype
+from dpmem.bucket_buffer import BucketBuffer
+from dpmem.bucket_layout import BucketLayout, kinds_of
 from dpmem.buckets import BucketPlan
 from dpmem.comm_hooks import CommHook, GradBucket
-from dpmem.layout import writable_gradient
 from dpmem.lockstep import Lockstep
+from dpmem.plan_check import PlanCheck
 from dpmem.turns import Turns
-from dpmem_kernels import GradStats, grad_stats
+from dpmem_kernels import GradStats
 
 _NO_GRAPH = (
     "backward(create_graph=True) of a model whose gradients are averaged: averages are computed "
@@ -121,13 +122,10 @@ class Reducer:
         self._turns: Turns | None = None
         # Raised at the next forward, because the ranks that wait need this backward to end well.
         self._complaint: str | None = None
-        # Raised from then on: the other ranks' buckets are of other sizes than this one's.
-        self._broken: RuntimeError | None = None
         self._warned = False
         self._handles: dict[int, RemovableHandle] = {}
-        self._planned_for: list[tuple[bool, torch.dtype]] = []
-        self._trainable: tuple[int, ...] = ()
-        self._follow_trainable()
+        self._plan_check = PlanCheck(self._names, self._lockstep)
+        self._start_anew()
         # The model outlives its wrapper: hooks must not keep a dropped reducer alive, nor at work.
         weakref.finalize(self, _remove, self._handles).atexit = False
 
@@ -141,8 +139,7 @@ class Reducer:
         if running_backward() != NO_BACKWARD:
             return
         if synchronize:
-            if self._broken is not None:
-                raise self._broken
+            self._plan_check.raise_again()
             self._lockstep.check_empty_backward()
             if self._lockstep.recover():
                 self._follow_order()
@@ -168,9 +165,7 @@ class Reducer:
     def release(self) -> None:
         """Let go of buckets whose gradients have all been set to None."""
         if not self._is_averaging():
-            for buffer in self._buffers:
-                if not buffer.has_gradients():
-                    buffer.release()
+            self._layout.release()
 
     def register_comm_hook(self, hook: CommHook) -> None:
         """Let `hook` reduce the buckets from now on. Raises RuntimeError where there is one."""
@@ -197,26 +192,26 @@ class Reducer:
         self._settle()
         self._follow_trainable()
         self._follow_order()
-        self._announce()
+        self._plan_check.tell()
+        self._lockstep.backward_begins()
         self._complete_empty()
+
+    @property
+    def plan(self) -> BucketPlan:
+        """Where gradients are laid out now."""
+        return self._layout.plan
 
     def bucket_tensors(self) -> list[Tensor]:
         """The flat buffers that exist now."""
-        return [buffer.flat for buffer in self._buffers if buffer.flat is not None]
+        return self._layout.tensors()
 
     def gradients(self) -> list[Tensor]:
         """Every gradient once, flat: a whole bucket where all its gradients are still its views."""
-        return [*self._kept(), *(g for buffer in self._buffers for g in buffer.gradients())]
+        return self._layout.gradients()
 
     def stats(self) -> list[GradStats]:
         """Sums of squares and finite flags that together cover `gradients()`."""
-        kept = self._kept()
-        of_kept = [grad_stats(kept)] if kept else []
-        return [*of_kept, *(stats for buffer in self._buffers for stats in buffer.stats())]
-
-    def _kept(self) -> list[Tensor]:
-        """Gradients that parameters had when they were frozen: optimizers update with these too."""
-        return [writable_gradient(p) for p in self._frozen if p.grad is not None]
+        return self._layout.stats()
 
     def retire(self) -> None:
         """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
@@ -227,15 +222,13 @@ class Reducer:
 
         A plan depends on nothing else but their dtypes, so ranks that freeze alike plan alike.
         """
-        planned_for = [(p.requires_grad, p.dtype) for p in self._parameters]
-        if planned_for == self._planned_for:
-            return
-        self._planned_for = planned_for
-        trainable = tuple(i for i, p in enumerate(self._parameters) if p.requires_grad)
-        self._trainable = trainable
-        self._frozen = [p for p in self._parameters if not p.requires_grad]
-        self._is_new_to_others = self._is_unchecked = True
-        for index in trainable:
+        if self._layout.kinds != kinds_of(self._parameters):
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._lay_out(order=None)
+        self._plan_check.changed(self._trainable)
+        for index in self._trainable:
             if index not in self._handles:
                 hook = _hook(weakref.ref(self), index)
                 parameter = self._parameters[index]
@@ -248,30 +241,18 @@ class Reducer:
         # which holds from the next averaged backward on.
         self._seen: list[int] | None = []
         self._next_order: list[int] | None = None
-        self._plan(order=None)
 
-    def _plan(self, order: Sequence[int] | None) -> None:
-        """Lay the buckets out; `order` counts among the trainable parameters."""
-        trainable = [self._parameters[i] for i in self._trainable]
-        self.plan = BucketPlan.build(
-            [size_and_dtype(parameter) for parameter in trainable],
+    def _lay_out(self, order: Sequence[int] | None) -> None:
+        """`order` counts among the parameters that require a gradient."""
+        layout = BucketLayout(
+            self._parameters,
             capacities_bytes=self._options.capacities_bytes,
+            wire_dtype=self._options.wire_dtype,
+            sparse=self._sparse,
             order=order,
-            alone=[place for place, i in enumerate(self._trainable) if i in self._sparse],
         )
-        self._buffers: list[BucketBuffer] = []
-        self._members: list[list[int]] = []
-        self._place_of: dict[int, tuple[int, Member]] = {}
-        for number, bucket in enumerate(self.plan.buckets):
-            indices = [self._trainable[slot.parameter] for slot in bucket.slots]
-            parameters = [self._parameters[i] for i in indices]
-            if indices[0] in self._sparse:
-                self._buffers.append(SparseBuffer(bucket, parameters))
-            else:
-                self._buffers.append(BucketBuffer(bucket, parameters, self._options.wire_dtype))
-            self._members.append(indices)
-            for index, member in zip(indices, self._buffers[-1].members, strict=True):
-                self._place_of[index] = number, member
+        self._layout, self._trainable = layout, layout.trainable
+        self._buffers, self._place_of = layout.buffers, layout.place_of
         self._reset()
 
     def _is_averaging(self) -> bool:
@@ -287,40 +268,11 @@ class Reducer:
         if not self._is_averaging():
             self._settle()
             self._follow_order()
-            self._announce()
+            self._plan_check.tell()
+            self._lockstep.backward_begins()
             self._turns = Turns.take(self._group, running_backward(), self)
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
-
-    def _announce(self) -> None:
-        """An averaged backward begins."""
-        if self._is_new_to_others:
-            self._is_new_to_others = False
-            self._lockstep.tell_plan(self._trained())
-        self._lockstep.backward_begins()
-
-    def _trained(self) -> str:
-        """Which parameters require a gradient: "1" and "0" for each."""
-        return "".join("01"[i in self._arrivals] for i in range(len(self._parameters)))
-
-    def _check_plan(self) -> None:
-        """Once a plan is new: do other ranks go by the same? Buckets of others match by chance."""
-        if not self._is_unchecked:
-            return
-        self._is_unchecked = False
-        answer = self._lockstep.plan_of_next()
-        if answer is None or answer[1] == self._trained():
-            return
-        rank, theirs = answer
-        pairs = enumerate(zip(self._trained(), theirs, strict=True))
-        different = [self._names[i] for i, (mine, other) in pairs if mine != other]
-        self._broken = RuntimeError(
-            "all ranks must train the same parameters; requires_grad differs between rank "
-            f"{dist.get_rank()} and rank {rank} for {len(different)}, such as {different[0]!r}; "
-            "freeze alike on all ranks, and start again from a checkpoint"
-        )
-        self._lockstep.failed(self._broken, "averaging")
-        raise self._broken
 
     def _skip(self, _: Tensor) -> None:
         """A backward reached an output of a local forward."""
@@ -356,7 +308,7 @@ class Reducer:
         self._missing: list[int] | None = None
         self._next = 0
         self._arrivals = dict.fromkeys(self._trainable, 0)
-        self._waiting = [len(members) for members in self._members]
+        self._waiting = [len(buffer.members) for buffer in self._buffers]
         self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
     def _on_gradient(self, index: int) -> None:
@@ -417,7 +369,7 @@ class Reducer:
 
     def _launch(self) -> None:
         """Pack the next bucket and start its all-reduce."""
-        self._check_plan()
+        self._plan_check.ask()
         buffer = self._buffers[self._next]
         try:
             with torch.no_grad():
@@ -541,7 +493,7 @@ class Reducer:
         """Lay the buckets out as agreed after the first backward."""
         if self._next_order is not None:
             order, self._next_order = self._next_order, None
-            self._plan(order)
+            self._lay_out(order)
 
     def _list(self, indices: Sequence[int]) -> str:
         """Names, with their numbers among the parameters that require a gradient."""

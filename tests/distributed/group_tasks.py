@@ -62,3 +62,8 @@ def several_wrappers(rank: int, how: str) -> list[str]:
         different += [f"step {step}: {name}" for name in differing(both, expected)]
         both.zero_grad()
     return different
+
+
+def group_of_others(rank: int) -> None:
+    alone = [dist.new_group([one]) for one in range(2)]
+    dpmem.DataParallel(Layers(), process_group=alone[1 - rank])

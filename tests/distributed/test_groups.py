@@ -22,3 +22,8 @@ def test_ranks_are_called_by_their_numbers_in_the_default_group(ranks: Pool) -> 
 def test_several_wrappers_in_one_backward(ranks: Pool, how: str) -> None:
     """Unused parameters on one rank must not make buckets of one meet buckets of the other."""
     assert ranks(2).run("several_wrappers", how=how) == [[], []]
+
+
+def test_a_group_of_other_ranks_is_refused(ranks: Pool) -> None:
+    for error in ranks(2).errors("group_of_others"):
+        assert "received a group that this rank is not in" in str(error)
