@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ Answer = TypeVar("Answer")
 # Source: proc(5). Whoever has the highest score is killed first, and raising one's own is allowed.
 _KILL_ME_FIRST = (Path("/proc/self/oom_score_adj"), "1000")
 _POLL_S = 0.1
+# What a child says first, after it imported the main module.
+_BEGUN = None
 
 
 def pickled_job(job: Job) -> bytes:
@@ -54,13 +56,10 @@ def room_in_child(budget_bytes: int | None, device: torch.device) -> Room:
 
     Raises ValueError as `dpmem.jobs.checked_budget` does, RuntimeError where the child ends first.
     """
-    try:
-        return ask_child(partial(_room, budget_bytes, device))
-    except _ChildDied as death:
-        raise RuntimeError(
-            "isolate=True needs a main module that other processes can import; received one that "
-            f"{death}; put what the script does under `if __name__ == '__main__':`"
-        ) from death
+    if budget_bytes is not None and device.type == "cpu":
+        # What a child is allowed at most is what this process is.
+        return Room(checked_budget(budget_bytes, device), None)
+    return ask_child(partial(_room, budget_bytes, device))
 
 
 def probe_in_child(
@@ -126,7 +125,8 @@ def ask_child(
     heard  told of the answer while the process is still there
     until  asked now and then; True ends the process
 
-    Raises the ValueError that it returns, and _ChildDied where the process says nothing.
+    Raises the ValueError that it returns, _ChildDied where the process says nothing, and
+    RuntimeError where it does not even begin.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -134,16 +134,27 @@ def ask_child(
     child.start()
     # Else this process holds the writing end, too, and never hears of the child's death.
     there.close()
-    try:
+
+    def hear() -> Any:
         while not here.poll(_POLL_S):
             if until():
                 raise _ChildDied("was stopped for another rank's")
-        said: Answer | ValueError = here.recv()
+        return here.recv()
+
+    has_begun = False
+    try:
+        has_begun = hear() is _BEGUN
+        said: Answer | ValueError = hear()
         if not isinstance(said, ValueError):
             heard(said)
     except EOFError:
         child.join()
         words = f"ended its process with exit code {child.exitcode}"
+        if not has_begun and child.exitcode == 1:
+            raise RuntimeError(
+                "isolate=True needs a main module that other processes can import; received one "
+                f"that {words}; put what the script does under `if __name__ == '__main__':`"
+            ) from None
         raise _ChildDied(words, child.exitcode) from None
     finally:
         # It has said all it had to say, and a process may hang while torch and its threads end.
@@ -160,6 +171,7 @@ def _answer(question: Callable[[], object], out: Connection) -> None:
     if path.is_file():
         path.write_text(score)
     torch.set_num_threads(1)
+    out.send(_BEGUN)
     out.send(question())
 
 

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import rank_process
 
-TIMEOUT_S = 90
+TIMEOUT_S = 180
 
 
 class Ranks:
