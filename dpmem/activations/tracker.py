@@ -72,7 +72,8 @@ class CallTracker(TorchFunctionMode):
     @property
     def call(self) -> FunctionCall | None:
         """The torch function that runs. Made when asked for: of most functions nobody asks."""
-        return None if self._running is None else FunctionCall(*self._running)
+        # The tuple's own constructor would take half as long again.
+        return None if self._running is None else tuple.__new__(FunctionCall, self._running)
 
     def refresh(self) -> None:
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
@@ -123,6 +124,9 @@ class CallTracker(TorchFunctionMode):
         for argument in call.args:
             if argument is tensor:
                 return False  # as most are
+        # Most other ones are results of activations alone: to follow their graph takes longer.
+        if not any(map(self.holds, call.tensors())):
+            return False
         return any(map(self.holds, call.origins(tensor)))
 
     def derivation(self, tensor: Tensor) -> Derivation | None:
