@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dpmem.local_gradients import LocalGradients
+from dpmem.optimizer_hook import OptimizerHook
 from dpmem.reducer import Reducer
 from dpmem.scaling import LossScaler, rescaled
 from dpmem_kernels import grad_scale_
@@ -25,7 +26,7 @@ _NORM_EPSILON = 1e-6
 # What the statistics kernels read; complex64 as pairs of float32.
 _CLIPPABLE = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 
-_HOOKS: "weakref.WeakKeyDictionary[Optimizer, _Hook]" = weakref.WeakKeyDictionary()
+_HOOKS: "weakref.WeakKeyDictionary[Optimizer, OptimizerHook]" = weakref.WeakKeyDictionary()
 # Those whose gradients are scaled: no optimizer may update with them unseen.
 _SCALING: "weakref.WeakSet[GradientStep]" = weakref.WeakSet()
 
@@ -111,7 +112,7 @@ class GradientStep:
         """Hook `optimizer`'s steps."""
         if optimizer in _HOOKS:
             _HOOKS[optimizer].remove()
-        _HOOKS[optimizer] = _Hook(self, optimizer)
+        _HOOKS[optimizer] = OptimizerHook(self, optimizer)
 
     def serves(self, optimizer: Optimizer) -> bool:
         """True where `optimizer` updates a parameter of the wrapped model."""
@@ -220,129 +221,6 @@ class GradientStep:
     def _inverse_scale(self) -> Tensor:
         assert self._scaler is not None
         return self._scaler.scale.double().reciprocal().float()
-
-
-class _Hook:
-    """One optimizer's step hooks: it may outlive the wrapper, and does not keep it."""
-
-    def __init__(self, step: GradientStep, optimizer: Optimizer) -> None:
-        self.step = weakref.ref(step)
-        # What was found of the optimizer's parameters, and of which state of things.
-        self._checked: object = None
-        self._holds_all = False
-        # What a second update of the same step is told: to divide by, to skip.
-        self._otherwise: tuple[Tensor, Tensor] | None = None
-        self._skipped: list[tuple[nn.Parameter, Tensor]] = []
-        post_hook = optimizer.register_step_post_hook(self._after)
-        # First: those that users registered before must find the step complete.
-        optimizer._optimizer_step_post_hooks.move_to_end(  # type: ignore[attr-defined]
-            post_hook.id, last=False
-        )
-        self._handles = [optimizer.register_step_pre_hook(self._before), post_hook]
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        step = self.step()
-        if step is None:
-            raise RuntimeError(
-                "this optimizer's step was to clip or unscale the gradients of a wrapped model, "
-                "which is gone; train through the model that wrap returned, or wrap again"
-            )
-        self._forget(optimizer)
-        now = ([len(group["params"]) for group in optimizer.param_groups], step.trainable())
-        if now != self._checked:
-            self._holds_all = step.check_holds(optimizer)
-            self._checked = now
-        step.is_stepping = True
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._finish(step, optimizer)
-            return None
-        calls = 0
-
-        def once() -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                raise RuntimeError(
-                    "a step that clips or unscales must evaluate its closure once; this optimizer "
-                    "did so twice; use one that needs the gradients once a step"
-                )
-            loss = closure()
-            self._finish(step, optimizer)
-            return loss
-
-        return (args[0], once, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
-
-    def _finish(self, step: GradientStep, optimizer: Any) -> None:
-        on_device = _takes_flags(optimizer) and not _is_new_to_some(optimizer)
-        steps_twice = not step.may_skip and type(optimizer) in _STEPS_TWICE
-        deferred = on_device and self._holds_all and (step.may_skip or steps_twice)
-        divisor, found_inf = step.finish(deferred=deferred)
-        if found_inf is None:
-            if divisor is not None:
-                clips = (divisor != 1).float()
-                optimizer.grad_scale, optimizer.found_inf = None, clips
-                self._otherwise = divisor, 1 - clips
-        elif on_device:
-            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
-        elif not (found_inf == 0).item():  # a forecast's tensors answer True: its steps are taken
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._skipped.append((parameter, parameter.grad))
-                        parameter.grad = None
-
-    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._otherwise is not None:
-            optimizer.grad_scale, optimizer.found_inf = self._otherwise
-            # Past the hooks, to which both updates are one step.
-            type(optimizer).step.__wrapped__(optimizer)
-        step = self.step()
-        if step is not None:
-            step.is_stepping = False
-        for parameter, gradient in self._skipped:
-            parameter.grad = gradient
-        self._forget(optimizer)
-
-    def _forget(self, optimizer: Any) -> None:
-        """What was meant for one step: when it is over, and before the next, as it may raise."""
-        self._skipped = []
-        self._otherwise = None
-        if hasattr(optimizer, "found_inf"):
-            del optimizer.grad_scale, optimizer.found_inf
-
-
-# torch's own fused optimizers write gradients back wherever they are given something to divide by.
-# So a step that may clip updates twice, without and with the divisor, and flags on the device let
-# one of the two do nothing. Of others it is not known whether their step stands being called twice.
-_STEPS_TWICE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-
-
-def _takes_flags(optimizer: Optimizer) -> bool:
-    """Does the update take `grad_scale` and `found_inf`?"""
-    # torch's own mark. A loaded state dict, or a group added, may have taken `fused` back.
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused", True) for group in optimizer.param_groups
-    )
-
-
-def _is_new_to_some(optimizer: Optimizer) -> bool:
-    """Is there a gradient of a parameter that the optimizer has no state of?
-
-    A skipped step would give it some; torch's fused SGD would leave that uninitialised.
-    """
-    return any(
-        parameter.grad is not None and not optimizer.state.get(parameter)
-        for group in optimizer.param_groups
-        if group.get("momentum") != 0  # torch's SGD keeps no state then
-        for parameter in group["params"]
-    )
 
 
 def _watch_all_optimizers() -> None:

@@ -228,3 +228,20 @@ def test_a_step_that_raised_leaves_nothing_behind() -> None:
     optimizer.step()
     assert torch.equal(before, flat(model.parameters()))
     assert not hasattr(optimizer, "found_inf")
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_scaler_of_the_users_own(is_fused: bool) -> None:
+    """GradScaler unscales before a step, unless the optimizer is fused: then it is refused."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=is_fused)
+    ours, optimizer = dpmem.wrap(model, optimizer, max_grad_norm=1e9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(ours(batch(0)).square().sum()).backward()
+    expected = flat(p.grad for p in model.parameters()).norm() / 8
+    if is_fused:
+        with pytest.raises(ValueError, match=r"received a step by torch\.amp\.GradScaler"):
+            scaler.step(optimizer)
+    else:
+        scaler.step(optimizer)
+        assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
