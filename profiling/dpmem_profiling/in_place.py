@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _MAKE_ZEROS = {_aten.new_zeros.default, _aten.zeros.default, _aten.zeros_like.default}
 _INTO_ZEROS = {
     _aten.scatter_add.default: _aten.scatter_add_.default,
@@ -53,6 +55,10 @@ class InPlaceGradients(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            # Autograd asks each fake tensor, more often than it does all else together: no mode
+            # below has anything to say to it.
+            return args[0].fake_device
         if func is _aten.add.Tensor and not kwargs and _by_the_engine():
             old, new = args
             for kept, added in ((old, new), (new, old)):

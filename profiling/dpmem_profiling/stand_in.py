@@ -52,6 +52,12 @@ class StandIn(TorchDispatchMode):
     NAdam divides by 1 - mu_product. What only changes values and allocates nothing is left out.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled while a step is traced, and torch's guard against it takes as long as
+        # all that is done here.
+        return False
+
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__()
         self._tracker = tracker
@@ -63,9 +69,6 @@ class StandIn(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            # Asked for very often, and an operator for fake tensors alone.
-            return args[0].fake_device
         if func is _aten._local_scalar_dense.default:
             if self._tracker.phase != "step":
                 # Optimizers read their own step counters.
