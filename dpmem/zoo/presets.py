@@ -77,6 +77,18 @@ PRESETS: Mapping[str, Preset] = {
             "resid_dropout": 0.0,
         },
     ),
+    "pythia-1b": Preset(
+        "gpt_neox",
+        "EleutherAI/pythia-1b",
+        1_011_781_632,
+        {
+            "vocab_size": 50304,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+        },
+    ),
     "opt-125m": _opt("facebook/opt-125m", 125_239_296, 768, 12, 12),
     "opt-350m": _opt(
         "facebook/opt-350m",
@@ -106,6 +118,21 @@ PRESETS: Mapping[str, Preset] = {
             "tie_word_embeddings": True,
             "bos_token_id": 128000,
             "eos_token_id": 128001,
+        },
+    ),
+    "qwen3-0.6b": Preset(
+        "qwen3",
+        "Qwen/Qwen3-0.6B",
+        596_049_920,
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
         },
     ),
     "qwen3-4b": Preset(

@@ -122,8 +122,9 @@ def timm_job(model: str, *, optimizer: str = "sgd", image: int | None = None) ->
     return load_job(f"timm:{model}?optimizer={optimizer}&lr={LEARNING_RATE}{size}")
 
 
-# torchvision's builders, and the number of classes where it was not 1,000. MobeNetV3 (sic) and
-# MnasNet were made from their classes, with the settings of these builders.
+# The models that the source names, which are more than the rows have: torchvision's builders, and
+# the number of classes where it was not 1,000. MobeNetV3 (sic) and MnasNet were made from their
+# classes, with the settings of these builders.
 _CLASSIFIERS: Mapping[str, tuple[str, int]] = {
     "ConvNeXtBase": ("convnext_base", 1000),
     "ConvNeXtTiny": ("convnext_tiny", 1000),
@@ -131,10 +132,14 @@ _CLASSIFIERS: Mapping[str, tuple[str, int]] = {
     "MobeNetV3Large": ("mobilenet_v3_large", 10),
     "MobeNetV3Small": ("mobilenet_v3_small", 10),
     "MobileNetV2": ("mobilenet_v2", 1000),
+    "RegNetX32GF": ("regnet_x_32gf", 1000),
     "RegNetX400MF": ("regnet_x_400mf", 1000),
+    "RegNetY32GF": ("regnet_y_32gf", 1000),
     "RegNetY400MF": ("regnet_y_400mf", 1000),
+    "ResNet50": ("resnet50", 1000),
     "ResNet101": ("resnet101", 1000),
     "ResNet152": ("resnet152", 1000),
+    "VGG11": ("vgg11", 1000),
     "VGG16": ("vgg16", 1000),
     "VGG19": ("vgg19", 1000),
 }
@@ -150,6 +155,8 @@ class _Language:
 
 _LANGUAGE_MODELS: Mapping[str, _Language] = {
     "EleutherAI/gpt-neo-125M": _Language("gpt-neo-125m", "eager"),
+    "EleutherAI/pythia-1b": _Language("pythia-1b"),
+    "Qwen/Qwen3-0.6B": _Language("qwen3-0.6b"),
     "Qwen/Qwen3-4B": _Language("qwen3-4b"),
     "T5-small": _Language("t5-small", "eager"),
     "t5-base": _Language("t5-base", "eager"),
