@@ -19,6 +19,7 @@ from dpmem.ddp_rule import bucket_tensors, by_rule
 from dpmem.jobs import is_one_of_many, owned_tensors
 from dpmem.targets import load_job
 from dpmem.terminal import as_json, bytes_or_unknown, finding, run_job
+from dpmem.traced_offload import host_is_elsewhere
 from dpmem.traced_sharding import sharding_without_data
 from dpmem_profiling import Category, Estimate, Forecast, Job, format_bytes
 from dpmem_profiling.gpus import GPUS
@@ -80,7 +81,8 @@ def _owned(model: nn.Module) -> Mapping[Category, Iterable[Tensor]]:
 @contextmanager
 def _among(world_size: int) -> Iterator[None]:
     """So many ranks, as far as a step's code sees."""
-    with nullcontext() if world_size == 1 else _ranks_without_peers(world_size), by_rule():
+    ranks = nullcontext() if world_size == 1 else _ranks_without_peers(world_size)
+    with ranks, by_rule(), host_is_elsewhere():
         yield
 
 

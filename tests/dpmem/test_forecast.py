@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmem
+from dpmem.activations.offload import HostMemory
 from dpmem.forecast import estimate_command, forecast_of
 from dpmem.jobs import owned_tensors
 from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
@@ -125,6 +126,24 @@ def test_compressed_activations_are_forecast_smaller() -> None:
     # Three layers' inputs in an eighth and a little: at least two whole ones are saved.
     assert small.peak_allocated_bytes <= plain.peak_allocated_bytes - 2 * 4 * n * WIDTH
     assert small.breakdown["compressed"] > 0
+
+
+def test_offloaded_activations_are_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 16384
+    one_layer = 4 * n * WIDTH
+
+    def peak_bytes(activations: str | None, most_in_flight: int) -> int:
+        memory = partial(HostMemory, most_in_flight)
+        monkeypatch.setattr("dpmem.activations.store.HostMemory", memory)
+        wrap = partial(dpmem.wrap, activations=activations)
+        made = dpmem.estimate(JOB, batch_size=n, gpu="a100-40gb", wrap=wrap)
+        assert sum(made.breakdown.values()) == made.peak_allocated_bytes
+        return made.peak_allocated_bytes
+
+    plain = peak_bytes(None, 0)
+    assert peak_bytes("offload", 0) <= plain - 2 * one_layer
+    # What is on its way is still there.
+    assert plain - 2 * one_layer < peak_bytes("offload", 64 * one_layer)
 
 
 def test_where_gradients_are_dropped_moves_the_peak() -> None:
