@@ -170,9 +170,10 @@ class _Search:
             if failure <= self.max_batch and slow >= 3:
                 aim = (best + failure) // 2
             elif failure <= self.max_batch and aim >= failure and not measured:
-                # Fragments take a few percent that no line foresees; halving comes after.
-                step_back = int(failure * STEP_BACK * 2**refusals)
-                aim = max((best + failure) // 2, failure - step_back)
+                aim = (best + failure) // 2
+                if self._has_stairs():
+                    # Fragments take a few percent that no line foresees; halving comes after.
+                    aim = max(aim, failure - int(failure * STEP_BACK * 2**refusals))
             aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
             self._try(aim, beyond)
             refusals = 0 if aim in self.peaks else refusals + 1

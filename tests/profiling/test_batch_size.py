@@ -89,6 +89,28 @@ def test_phases_tell_the_line_that_small_batches_hide(limit_bytes: int) -> None:
     assert len(blind.probes) > len(result.probes)
 
 
+@pytest.mark.parametrize("limit_bytes", [700 << 10, 1 << 20, 4 << 20, 64 << 20])
+def test_a_slope_that_grows_within_a_phase_costs_few_failures(limit_bytes: int) -> None:
+    """A small perceptron's backward, as measured: weights' gradients, then activations, lead."""
+
+    def phases(batch: int) -> dict[str, int]:
+        backward = max(529_400 + 1_280 * batch, 462_900 + 3_328 * batch)
+        return {"backward": backward, "step": 661_500 + 256 * batch}
+
+    def probe(batch: int) -> Probe:
+        peak_bytes = max(phases(batch).values())
+        if peak_bytes > limit_bytes:
+            return Probe(batch, "oom", allocated_bytes=limit_bytes + 1)
+        return Probe(batch, "fits", allocated_bytes=peak_bytes, peak_by_phase=phases(batch))
+
+    result = search(probe, limit_bytes=limit_bytes, margin_bytes=0)
+    exact = (limit_bytes - 462_900) // 3_328
+    assert is_within_a_percent(result.largest_fitting, exact)
+    # As many as a slope of 2.6 times what small batches show takes to be halved away.
+    assert [done.outcome for done in result.probes].count("oom") <= 3
+    assert len(result.probes) <= 8
+
+
 @pytest.mark.parametrize("oom_bytes", [None, LIMIT_BYTES], ids=["measured", "oom above the limit"])
 @pytest.mark.parametrize("peak", CURVES)
 def test_agrees_with_exhaustive_search(peak: Callable[[int], int], oom_bytes: int | None) -> None:
