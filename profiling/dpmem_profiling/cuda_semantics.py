@@ -9,6 +9,7 @@ Fake *cuda* tensors need a CUDA build of torch, so a step is traced on fake CPU 
 - autocast follows CUDA's lists of operators (aten/src/ATen/autocast_mode.h), also where the code
   says torch.autocast("cuda"), which without CUDA would disable itself
 - optimizers take their foreach path by default, and may be capturable (torch/optim/optimizer.py)
+- what autograd saves under save_on_cpu is on the host (torch/autograd/graph.py)
 
 The rules are registered with torch's dispatcher for the length of the block, for every thread.
 """
@@ -78,6 +79,28 @@ def cuda_semantics(architecture: Architecture | None) -> Iterator[None]:
             _register_autocast(library)
         undo.enter_context(_autocast_cuda_as_cpu())
         undo.enter_context(_optimizers_as_on_cuda())
+        undo.enter_context(_saved_on_the_host())
+        yield
+
+
+@contextmanager
+def _saved_on_the_host() -> Iterator[None]:
+    """torch.autograd.graph.save_on_cpu takes what it saves off the device, and brings it back.
+
+    On the device "meta", what is saved is not counted.
+    """
+
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        return tensor.device, torch.empty_like(tensor, device="meta")
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return torch.empty_like(tensor, device=device)
+
+    def init(hooks: Any, pin_memory: bool = False, device_type: str = "cuda") -> None:
+        torch.autograd.graph.saved_tensors_hooks.__init__(hooks, pack, unpack)
+
+    with mock.patch.object(torch.autograd.graph.save_on_cpu, "__init__", init):
         yield
 
 

@@ -465,6 +465,20 @@ def test_code_that_names_cuda_is_traced_where_it_is() -> None:
     assert [change[1:] for change in named.changes] == [change[1:] for change in plain.changes]
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_saved_on_the_cpu_is_not_on_the_gpu(pinned: bool) -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+            return mean_square(model, batch)
+
+    # Activations outweigh all else.
+    n = 512
+    plain, saved = (trace(replace(RESIDUAL, loss=made), n, GPU) for made in (mean_square, loss))
+    # Two tensors are saved each of three times through the layers; the last is needed at the peak.
+    less_bytes = last_step_peak_bytes(plain) - last_step_peak_bytes(saved)
+    assert less_bytes == 5 * 4 * n * WIDTH
+
+
 def test_a_formatted_loss_is_a_value_asked_for() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         result = mean_square(model, batch)
