@@ -107,12 +107,7 @@ def _stretches(trace: DeviceTrace, large_page_bytes: int) -> list[Segment]:
     """The segments at the start, by address and without their blocks."""
     given = {s.address: replace(s, blocks=()) for s in trace.segments if not s.is_expandable}
     mapped = [replace(s, blocks=()) for s in trace.segments if s.is_expandable]
-    # Address to pool, to tell of what pool pages were that are gone at the end.
-    seen = {s.address: s.is_small for s in mapped}
-    for event in trace.events:
-        if event.action == "segment_map":
-            # The large pool maps multiples of more than 10 MiB.
-            seen.setdefault(event.address, event.size_bytes == SMALL_SEGMENT_BYTES)
+    pools = _Pools(trace.events, mapped)
     pages = {
         (stretch.is_small, stretch.stream, address)
         for stretch in mapped
@@ -132,7 +127,7 @@ def _stretches(trace: DeviceTrace, large_page_bytes: int) -> list[Segment]:
                 is_small=event.size_bytes == SMALL_SEGMENT_BYTES,
             )
         elif event.action in ("segment_map", "segment_unmap"):
-            key = (_is_small(event, seen, large_page_bytes), event.stream)
+            key = (pools.is_small(event, large_page_bytes), event.stream)
             lowest[key] = min(lowest.get(key, event.address), event.address)
             touched = {(*key, page) for page in _pages(event.address, event.size_bytes)}
             if event.action == "segment_map":
@@ -142,16 +137,32 @@ def _stretches(trace: DeviceTrace, large_page_bytes: int) -> list[Segment]:
     return sorted([*given.values(), *_runs(pages, lowest)], key=lambda s: s.address)
 
 
-def _is_small(event: TraceEvent, seen: dict[int, bool], large_page_bytes: int) -> bool:
-    """Of which pool pages are: what is not whole large pages is small, else as the nearest known.
+class _Pools:
+    """Of which pool pages are that are gone at the end, by what else is known of their addresses."""
 
-    The nearest shares an address space with them. Where none is known they are taken as large.
-    """
-    if event.size_bytes % large_page_bytes:
-        return True
-    if not seen:
-        return False
-    return seen[min(seen, key=lambda address: abs(address - event.address))]
+    def __init__(self, events: Sequence[TraceEvent], mapped: Sequence[Segment]) -> None:
+        is_small = {segment.address: segment.is_small for segment in mapped}
+        for event in events if any(event.action == "segment_unmap" for event in events) else ():
+            if event.action == "segment_map":
+                # The large pool maps multiples of more than 10 MiB.
+                is_small.setdefault(event.address, event.size_bytes == SMALL_SEGMENT_BYTES)
+            elif event.action in ("alloc", "free_requested", "free_completed"):
+                is_small[event.address] = event.size_bytes <= SMALL_BYTES
+        self._is_small = is_small
+        self._addresses = sorted(is_small)
+
+    def is_small(self, event: TraceEvent, large_page_bytes: int) -> bool:
+        """What is not whole large pages is small, else as the nearest known.
+
+        The nearest shares an address space with them. Where none is known they are taken as large.
+        """
+        if event.size_bytes % large_page_bytes:
+            return True
+        index = bisect_left(self._addresses, event.address)
+        nearest = self._addresses[max(index - 1, 0) : index + 1]
+        if not nearest:
+            return False
+        return self._is_small[min(nearest, key=lambda address: abs(address - event.address))]
 
 
 def _pages(address: int, size_bytes: int) -> range:

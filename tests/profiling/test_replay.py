@@ -200,6 +200,18 @@ def test_pages_unmapped_before_are_the_first_to_be_mapped_again() -> None:
     assert device.agreement.is_complete
 
 
+def test_pages_that_are_gone_are_of_the_pool_whose_blocks_they_held() -> None:
+    recorder = Recorder("expandable_segments:True", capacity_bytes=300 * MIB)
+    recorder.malloc(MIB + 1, 0)
+    recorder.malloc(1, 0)
+    recorder.malloc(1, 0)
+    recorder.free(next(iter(recorder.live)), is_used=False)
+    recorder.model.empty_cache()
+    # Of the large pool the trace has a free and pages unmapped; what is left is small.
+    (device,) = replay_snapshot(recorder.snapshot(4))
+    assert device.agreement.is_complete
+
+
 def test_a_request_that_fails_has_waited_for_other_streams_in_vain() -> None:
     recorder = Recorder("", capacity_bytes=22 * MIB)
     recorder.malloc(5 * MIB, 0)
