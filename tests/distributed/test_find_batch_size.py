@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_smallest_budget_counts(ranks: Callable[[int], Any], world_size: int) -> None:
     large, small = 250_000, 150_000
     mixed = ranks(world_size).run("find_batch_size", budgets=[large] * (world_size - 1) + [small])
@@ -64,6 +64,7 @@ def test_a_silent_rank_is_named_on_all(ranks: Callable[[int], Any]) -> None:
     assert "within timeout_s=1 what it found; rank 1 did not" in str(errors[0])
 
 
+@pytest.mark.slow
 def test_a_rank_that_runs_out_in_a_child_keeps_nobody_waiting(ranks: Callable[[int], Any]) -> None:
     (one, total), (other, _) = ranks(2).run("find_in_children")
     assert one == other

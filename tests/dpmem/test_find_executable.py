@@ -3,7 +3,8 @@
 Source: accelerate, tests/test_memory_utils.py.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -22,6 +23,15 @@ def decorator(request: pytest.FixtureRequest) -> Callable[..., Any]:
     if request.param == "dpmem":
         return dpmem.find_executable_batch_size
     return originals()[0]
+
+
+@pytest.fixture(autouse=True)
+def few_objects_to_collect() -> Iterator[None]:
+    """Each failure collects garbage: without what other tests' imports left, in no time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def runs_out() -> None:
