@@ -1,12 +1,16 @@
-"""A record made by hand, for tests of what reads records."""
+"""A record made by hand, for tests of what reads records; the path to what tests import."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpmem_profiling import MemoryRecord
 from dpmem_profiling.record import TensorAtPeak, TimelinePoint
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 MIB = 2**20
 

@@ -8,53 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from residual_job import GPU, RESIDUAL, WIDTH, Residual, last_step_peak_bytes, mean_square
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpmem_profiling import Job, StepContext, measure
-from dpmem_profiling.trace import Kernels, Trace, Untraceable, between, trace
-
-WIDTH = 32
-GPU = Kernels((8, 6), cublas_workspace_bytes=4096)
-
-
-class Residual(nn.Module):
-    """Uses its input twice, so that autograd must add two gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = x + self.inner(x)
-        return x
-
-
-def rows(n: int) -> Tensor:
-    return torch.randn(n, WIDTH)
-
-
-def mean_square(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).square().mean()
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-RESIDUAL = Job(Residual, rows, mean_square, optimizer=sgd, name="residual")
-
-
-def last_step_peak_bytes(traced: Trace) -> int:
-    """The most bytes live in the last step, workspaces left out."""
-    live = peak = 0
-    for event, change in enumerate(traced.changes):
-        if change.storage is not None and traced.categories[change.storage] != "workspace":
-            live += change.delta_bytes
-        if event >= traced.step_starts[-1]:
-            peak = max(peak, live)
-    return peak
+from dpmem_profiling.trace import between, trace
 
 
 @pytest.mark.parametrize("zero_grad", ["start", "before_backward", "end"])
@@ -240,120 +199,18 @@ def test_no_line_between_batches_that_run_differently() -> None:
         assert between(low, high, 5) is None
 
 
-def test_a_value_asked_for_is_a_note() -> None:
-    def logged(context: StepContext) -> None:
-        with context.phase("forward"):
-            loss = mean_square(context.model, context.batch)
-        loss.item()
-        with context.phase("backward"):
-            loss.backward()
-        assert context.optimizer is not None
-        with context.phase("step"):
-            context.optimizer.step()
+def test_traces_under_autocast_make_a_line_too() -> None:
+    # Its cache of cast weights is emptied in the order of addresses, which is anyone's.
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return mean_square(model, batch)
 
-    assert trace(RESIDUAL, 2, GPU).notes == ()
-    traced = trace(replace(RESIDUAL, loss=None, step=logged), 2, GPU)
-    assert "2 times" in traced.notes[0]
+    job = replace(RESIDUAL, model=lambda: nn.Sequential(*(Residual() for _ in range(8))), loss=loss)
+    low, high, traced = (trace(job, n, GPU) for n in (4, 32, 11))
+    made = between(low, high, 11)
 
-
-def test_a_shape_that_depends_on_values_is_refused() -> None:
-    def picky(model: nn.Module, batch: Tensor) -> Tensor:
-        return model(batch[batch.sum(1) > 0]).square().mean()
-
-    with pytest.raises(Untraceable, match=r"nonzero|masked_select|index"):
-        trace(replace(RESIDUAL, loss=picky), 4, GPU)
-
-
-def test_a_constructor_that_needs_data_builds_for_real() -> None:
-    class Counted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            widths = (torch.arange(1, 4) * 8).tolist()
-            self.layers = nn.ModuleList(nn.Linear(WIDTH, width) for width in widths)
-            self.register_buffer("gain", torch.tensor(0.5))
-            self.first = self.layers[0]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([layer(x) for layer in self.layers], 1) * self.gain
-
-    traced = trace(replace(RESIDUAL, model=Counted), 4, GPU)
-    parameters = sum(
-        change.delta_bytes
-        for change in traced.changes
-        if change.storage is not None and traced.categories[change.storage] == "parameter"
-    )
-    assert parameters == 4 * (WIDTH + 1) * (8 + 16 + 24)
-
-
-@pytest.mark.parametrize(
-    "fill",
-    [
-        lambda weight: nn.init.trunc_normal_(weight, std=0.02),
-        lambda weight: nn.init.normal_(weight, 3.0, 0.1),
-        lambda weight: nn.init.uniform_(weight, 2.0, 4.0),
-        lambda weight: weight.data.uniform_(),
-    ],
-)
-def test_what_is_built_for_real_takes_no_random_numbers(fill: Callable[[Tensor], Tensor]) -> None:
-    """Each weight is its distribution's mean, so constructors that reject values come to an end."""
-    means = []
-
-    def make_model() -> nn.Module:
-        layer = nn.Linear(8, 8)
-        fill(layer.weight)
-        while not bool((layer.weight.abs() < 100).all()):
-            fill(layer.weight)
-        if type(layer.weight.data) is Tensor:
-            means.append(layer.weight.unique().tolist())
-        return layer
-
-    job = Job(make_model, lambda n: torch.randn(n, 8), lambda model, batch: model(batch).sum())
-    state = torch.get_rng_state()
-    assert trace(job, 2, GPU).changes
-    assert means[0] in ([0.0], [3.0], [0.5])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_truncated_normal_needs_no_data() -> None:
-    built = []
-
-    def make_model() -> nn.Module:
-        layer = nn.Linear(8, 8)
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        built.append(type(layer.weight.data))
-        return layer
-
-    job = Job(make_model, lambda n: torch.randn(n, 8), lambda model, batch: model(batch).sum())
-    assert trace(job, 2, GPU).changes
-    assert len(built) == 1
-    assert built[0] is not Tensor
-
-
-def test_a_model_may_be_cast_while_it_is_built() -> None:
-    def bare() -> nn.Module:
-        model = Residual()
-        model.scale = nn.Parameter(torch.ones(WIDTH))
-        return model.to(torch.bfloat16)
-
-    traced = trace(replace(RESIDUAL, model=bare, batch=lambda n: rows(n).bfloat16()), 4, GPU)
-    parameters = [
-        traced.storages[i].dtype for i, c in enumerate(traced.categories) if c == "parameter"
-    ]
-    assert parameters == ["bfloat16"] * 5
-
-
-def test_real_tensors_of_a_data_set_become_fake_ones() -> None:
-    data = torch.randn(100, WIDTH)
-    traced = trace(replace(RESIDUAL, batch=lambda n: data[:n]), 4, GPU)
-    inputs = [traced.storages[i] for i, c in enumerate(traced.categories) if c == "input"]
-    assert [info.shape for info in inputs] == [(4, WIDTH)] * len(traced.step_starts)
-
-
-def test_nothing_is_left_behind() -> None:
-    state = torch.get_rng_state()
-    trace(RESIDUAL, 4, GPU)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert type(Residual()(torch.ones(1, WIDTH))) is Tensor
+    assert made is not None
+    assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
 
 
 @pytest.mark.parametrize(
@@ -409,29 +266,6 @@ def test_several_threads_may_trace() -> None:
         assert [change[1:] for change in one.changes] == [change[1:] for change in other.changes]
 
 
-def test_an_expanded_input_arrives_at_its_full_size() -> None:
-    job = replace(RESIDUAL, batch=lambda n: torch.zeros(1, WIDTH).expand(n, -1))
-    traced = trace(job, 16, GPU)
-
-    inputs = {i for i, category in enumerate(traced.categories) if category == "input"}
-    arrived = [c.delta_bytes for c in traced.changes if c.storage in inputs and c.delta_bytes > 0]
-    assert arrived == [16 * WIDTH * 4] * 2
-
-
-def test_traces_under_autocast_make_a_line_too() -> None:
-    # Its cache of cast weights is emptied in the order of addresses, which is anyone's.
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            return mean_square(model, batch)
-
-    job = replace(RESIDUAL, model=lambda: nn.Sequential(*(Residual() for _ in range(8))), loss=loss)
-    low, high, traced = (trace(job, n, GPU) for n in (4, 32, 11))
-    made = between(low, high, 11)
-
-    assert made is not None
-    assert [c[1:] for c in made.changes] == [c[1:] for c in traced.changes]
-
-
 class NamesCuda(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -479,15 +313,6 @@ def test_what_is_saved_on_the_cpu_is_not_on_the_gpu(pinned: bool) -> None:
     assert less_bytes == 5 * 4 * n * WIDTH
 
 
-def test_a_formatted_loss_is_a_value_asked_for() -> None:
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        result = mean_square(model, batch)
-        assert f"{result.detach():.3f}" == "1.000"
-        return result
-
-    assert "2 times" in " ".join(trace(replace(RESIDUAL, loss=loss), 4, GPU).notes)
-
-
 def test_a_loss_scaler_steps() -> None:
     def step(context: StepContext) -> None:
         assert context.optimizer is not None
@@ -498,105 +323,3 @@ def test_a_loss_scaler_steps() -> None:
         context.optimizer.zero_grad()
 
     assert "optimizer_state" in trace(replace(RESIDUAL, loss=None, step=step), 4, GPU).categories
-
-
-@pytest.mark.filterwarnings("ignore:Using `torch.compile", "ignore:`torch.jit")
-def test_what_is_compiled_is_said_to_be_unknown() -> None:
-    def compiled() -> nn.Module:
-        return nn.Sequential(torch.compile(Residual(), backend="eager"))  # type: ignore[list-item]
-
-    def in_place() -> nn.Module:
-        model = Residual()
-        model.compile(backend="eager")
-        return model
-
-    @torch.compile(backend="eager")
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return mean_square(model, batch)
-
-    for job in (
-        replace(RESIDUAL, model=compiled),
-        replace(RESIDUAL, model=in_place),
-        replace(RESIDUAL, loss=loss),
-    ):
-        traced = trace(job, 4, GPU)
-        assert "unknown: what torch.compile" in " ".join(traced.notes)
-        assert last_step_peak_bytes(traced) == last_step_peak_bytes(trace(RESIDUAL, 4, GPU))
-    assert not trace(RESIDUAL, 4, GPU).notes
-
-
-def test_the_history_of_lbfgs_is_said_to_be_unknown() -> None:
-    def step(context: StepContext) -> None:
-        def evaluate() -> float:
-            loss = mean_square(context.model, context.batch)
-            loss.backward()
-            return float(loss.detach())
-
-        assert context.optimizer is not None
-        context.optimizer.step(evaluate)
-
-    def lbfgs(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(parameters, history_size=8)
-
-    job = Job(lambda: nn.Linear(WIDTH, 2 * WIDTH, bias=False), rows, optimizer=lbfgs, step=step)
-    # Two vectors of 2048 numbers for each of 8 steps.
-    assert "LBFGS fills, which the figures leave out: 128 KiB" in " ".join(trace(job, 4, GPU).notes)
-
-
-@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_recurrent_layer_is_said_to_be_unknown(layer: type[nn.RNNBase]) -> None:
-    def last(model: nn.Module, batch: Tensor) -> Tensor:
-        outputs: Tensor = model(batch.unsqueeze(1))[0]
-        return outputs.square().mean()
-
-    job = replace(RESIDUAL, model=lambda: layer(WIDTH, WIDTH), loss=last)
-    (note,) = trace(job, 4, GPU).notes
-    assert "unknown: workspace and reserve of cuDNN's RNN" in note
-    assert layer.__name__ in note
-    # The CPU has no cuDNN.
-    assert trace(job, 4, None).notes == ()
-
-
-def test_a_loss_as_an_array_is_a_value_asked_for() -> None:
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        result = mean_square(model, batch)
-        array = result.detach().cpu().numpy()
-        assert (array.shape, array.dtype, float(array)) == ((), "float32", 1.0)
-        with pytest.raises(RuntimeError, match="requires grad"):
-            result.numpy()
-        return result
-
-    traced = trace(replace(RESIDUAL, loss=loss), 4, GPU)
-    assert ".numpy()" in " ".join(traced.notes)
-    assert last_step_peak_bytes(traced) == last_step_peak_bytes(trace(RESIDUAL, 4, GPU))
-
-
-def test_an_array_of_many_values_is_refused() -> None:
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        result: Tensor = model(batch)
-        return result.mean() * float(result.detach().numpy().max())
-
-    with pytest.raises(Untraceable, match="numpy"):
-        trace(replace(RESIDUAL, loss=loss), 4, GPU)
-
-
-@pytest.mark.parametrize(
-    "is_broken",
-    [
-        torch.isnan,
-        torch.isinf,
-        lambda loss: torch.isnan(loss).any(),
-        lambda loss: torch.logical_or(loss.isnan(), loss.isinf()),
-        lambda loss: torch.isnan(loss) | torch.isinf(loss),
-        lambda loss: not torch.isfinite(loss),
-        lambda loss: not torch.isfinite(loss).all(),
-    ],
-)
-def test_a_loss_is_neither_nan_nor_infinite(is_broken: Callable[[Tensor], Any]) -> None:
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        result = mean_square(model, batch)
-        if is_broken(result):
-            raise AssertionError("the loss is broken")
-        return result
-
-    assert "2 times" in " ".join(trace(replace(RESIDUAL, loss=loss), 4, GPU).notes)
