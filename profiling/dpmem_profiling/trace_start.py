@@ -138,7 +138,7 @@ def _stretches(trace: DeviceTrace, large_page_bytes: int) -> list[Segment]:
 
 
 class _Pools:
-    """Of which pool pages are that are gone at the end, by what else is known of their addresses."""
+    """Of which pool pages are that are gone at the end, by what is known of their addresses."""
 
     def __init__(self, events: Sequence[TraceEvent], mapped: Sequence[Segment]) -> None:
         is_small = {segment.address: segment.is_small for segment in mapped}
