@@ -171,8 +171,9 @@ class _Search:
                 aim = (best + failure) // 2
             elif failure <= self.max_batch and aim >= failure and not measured:
                 aim = (best + failure) // 2
-                if self._has_stairs():
-                    # Fragments take a few percent that no line foresees; halving comes after.
+                if failure < GROWTH * best or self._has_stairs():
+                    # A line that reaches little further than what it was drawn by, or fragments,
+                    # which no line foresees, are off by a few percent; halving comes after.
                     aim = max(aim, failure - int(failure * STEP_BACK * 2**refusals))
             aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
             self._try(aim, beyond)
