@@ -22,7 +22,7 @@ from dpmem.activations.forms import (
 )
 from dpmem.activations.policy import Policy
 from dpmem.activations.sensitivity import GradientReader, sensitivities
-from dpmem.activations.slots import Packed, Saved, View, stored_bytes
+from dpmem.activations.slots import Packed, Saved, Slot, View, stored_bytes
 from dpmem.activations.store import ActivationStore
 
 _LOSSLESS = {
@@ -222,7 +222,7 @@ def _number(packed: Packed) -> int | None:
 def _values(packed: Packed) -> Form | Exact | Recomputed | ShapeOnly | None:
     if not isinstance(packed, View):
         return packed
-    return packed.source.values
+    return packed.source.values if isinstance(packed.source, Slot) else packed.source
 
 
 def _variance(packed: Packed, sensitivity: list[float]) -> float:
@@ -237,7 +237,8 @@ def _decision(packed: Packed) -> str:
     if isinstance(values, ShapeOnly):
         return "shape only"
     if isinstance(packed, View) and packed.of_sign:
-        return "exact, shared" if packed.source.sign is None else "a bit each"
+        signs = packed.source.sign if isinstance(packed.source, Slot) else packed.source
+        return "exact, shared" if signs is None else "a bit each"
     if isinstance(values, Codes):
         return f"{values.bits} bits"
     if isinstance(values, Recomputed):

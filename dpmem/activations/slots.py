@@ -1,4 +1,4 @@
-"""One storage or a part of one, what is kept of it, and the views of it that were saved."""
+"""One storage, what is kept of it, and the views of it that were saved."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -12,66 +12,21 @@ from dpmem.activations.policy import COMPRESSIBLE_DTYPES
 from dpmem.activations.roles import Use
 from dpmem.activations.sensitivity import GradientReader
 
-Layout = tuple[torch.Size, tuple[int, ...], int]
-"""Shape, strides and offset."""
-
 
 class Slot:
-    """What is kept of one storage, or of a part of one, in one version of it.
+    """What is kept of one storage, in one version of it.
 
     values   its values, in the most exact form that was needed
     sign     where they are positive: codes could not tell for values near zero
-    numel    values of the storage or of the part
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_part_strides",
-        "dtype",
-        "number",
-        "numel",
-        "sign",
-        "values",
-        "version",
-    )
+    __slots__ = ("__weakref__", "dtype", "number", "sign", "values", "version")
 
-    def __init__(self, tensor: Tensor, number: int, *, part: bool = False) -> None:
-        """Of the storage that `tensor` is a view of; `part`: of `tensor` alone."""
+    def __init__(self, tensor: Tensor, number: int) -> None:
         self.number = number
         self.version, self.dtype = tensor._version, tensor.dtype
         self.values: Form | Exact | Recomputed | None = None
         self.sign: Form | None = None
-        self._part_strides: tuple[int, ...] | None = None
-        if part:
-            # In the order that it has in memory, where it leaves no gaps.
-            self._part_strides = torch.empty_like(tensor, device="meta").stride()
-            self.numel = tensor.numel()
-        else:
-            self.numel = numel_of_storage(tensor)
-
-    @property
-    def is_part(self) -> bool:
-        """Whether there is more in the storage."""
-        return self._part_strides is not None
-
-    def flat(self, tensor: Tensor) -> Tensor:
-        """The values, in memory order; `tensor` is the one it was made of or a view beside it."""
-        offset = 0
-        if self._part_strides is not None:
-            if tensor.stride() != self._part_strides:
-                strides = self._part_strides
-                copy = torch.empty_strided(
-                    tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
-                )
-                tensor = copy.copy_(tensor.detach())
-            offset = int(tensor.storage_offset())
-        return tensor.detach().as_strided((self.numel,), (1,), offset)
-
-    def layout(self, tensor: Tensor) -> Layout:
-        """Where `tensor` lies within the values."""
-        if self._part_strides is None:
-            return layout_of(tensor)
-        return tensor.shape, self._part_strides, 0
 
     @property
     def bits(self) -> int:
@@ -79,33 +34,42 @@ class Slot:
         return 0 if self.values is None else self.values.bits
 
     def restore(self) -> Tensor:
-        """A tensor over the values."""
+        """A tensor over the whole storage."""
         assert self.values is not None
         return self.values.restore()
 
     def restore_sign(self) -> Tensor:
-        """A tensor whose values are positive where its are."""
+        """A tensor over the whole storage whose values are positive where its are."""
         return self.restore() if self.sign is None else self.sign.restore()
 
 
 class View:
     """The shape a saved tensor has within what is kept."""
 
-    __slots__ = ("_layout", "number", "of_sign", "source")
+    __slots__ = ("_form", "number", "of_sign", "source")
 
-    def __init__(self, source: Slot, tensor: Tensor, number: int, *, of_sign: bool = False) -> None:
+    def __init__(
+        self, source: Slot | Form, tensor: Tensor, number: int, *, of_sign: bool = False
+    ) -> None:
         self.source, self.number, self.of_sign = source, number, of_sign
-        self._layout = source.layout(tensor)
+        if isinstance(source, Slot):
+            self._form = _form_of(tensor)
+        else:
+            self._form = tensor.shape, torch.empty(tensor.shape, device="meta").stride(), 0
 
     def restore(self) -> Tensor:
         source = self.source
-        kept = source.restore_sign() if self.of_sign else source.restore()
+        if self.of_sign:
+            assert isinstance(source, Slot)
+            kept = source.restore_sign()
+        else:
+            kept = source.restore()
         # What is kept exact is mostly this very tensor: to ask takes less time than a view.
-        return kept if layout_of(kept) == self._layout else kept.as_strided(*self._layout)
+        return kept if _form_of(kept) == self._form else kept.as_strided(*self._form)
 
     def values_key(self) -> object | None:
         """What its values are kept as, as `stored_bytes` names it; None: they are not."""
-        held = self.source.values
+        held = self.source.values if isinstance(self.source, Slot) else self.source
         if isinstance(held, Exact):
             return exact_key(held)
         return held if isinstance(held, Form) else None
@@ -118,14 +82,8 @@ class View:
         return restored
 
 
-def layout_of(tensor: Tensor) -> Layout:
-    """Where a tensor lies within its storage."""
+def _form_of(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())
-
-
-def numel_of_storage(tensor: Tensor) -> int:
-    """Values of the tensor's dtype that its storage has room for."""
-    return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
 Packed = Exact | ShapeOnly | View

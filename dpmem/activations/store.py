@@ -42,23 +42,13 @@ from dpmem.activations.policy import COMPRESSIBLE_DTYPES, Policy
 from dpmem.activations.refusals import COMPILED, check_visible, compiled_code
 from dpmem.activations.roles import FOREIGN, MODEL, SMALL, PoolGeometry, Use, use_of
 from dpmem.activations.sensitivity import GradientReader
-from dpmem.activations.slots import (
-    Layout,
-    Packed,
-    Saved,
-    Slot,
-    View,
-    layout_of,
-    numel_of_storage,
-)
+from dpmem.activations.slots import Packed, Saved, Slot, View
 from dpmem.activations.tracker import CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
 _FIRST_PRUNING = 4096
 Small = tuple[Tensor, int]
-Place = tuple[int, Layout | None]
-"""A storage and where in it; None: all of it."""
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 
 
@@ -102,9 +92,7 @@ class ActivationStore:
                 policy.budget_bytes, policy.group_size, policy.refresh_forwards, agree
             )
         # Weakly: what backward has used, or nobody can reach any more, is not kept from here.
-        self._slots: dict[Place, weakref.ref[Slot]] = {}
-        # Values of each storage of which parts are kept.
-        self._parts: dict[int, int] = {}
+        self._slots: dict[int, weakref.ref[Slot]] = {}
         self._slots_before_pruning = _FIRST_PRUNING
         # Of the tensor that is packed now, from 1; a slot has that of its first.
         self._number = 0
@@ -167,7 +155,6 @@ class ActivationStore:
         self._tracker.watch = None
         self._tracker.forget()
         self._slots.clear()
-        self._parts.clear()
         if self._host is not None:
             self._host.end_forward()
         if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
@@ -205,7 +192,7 @@ class ActivationStore:
         if storage_key(tensor) is None or tensor.is_nested:
             return FOREIGN
         # Expanded from a small storage, it has no more values than that.
-        if small or numel_of_storage(tensor) < self._least_numel:
+        if small or _numel_of_storage(tensor) < self._least_numel:
             return MODEL if self.log is not None and self._tracker.holds(tensor) else SMALL
         if self._tracker.holds(tensor):
             return MODEL
@@ -220,20 +207,15 @@ class ActivationStore:
         """`tensor`, an activation, as the policy has it for this use."""
         if use.role == "shape":
             return ShapeOnly(tensor)
-        if tensor.numel() > numel_of_storage(tensor) and self._whole(tensor) is None:
-            # Expanded from part of a storage: codes of every repetition could be larger.
-            return Exact(tensor)
         if tensor.dtype == torch.bool:
-            slot = self._slot_of(tensor, 1)
-            return self._keep(tensor, slot, 1, lambda flat: Bools(flat, self._wait))
+            return self._keep(tensor, 1, lambda flat: Bools(flat, self._wait))
         if use.role == "pool_index" and tensor.dtype == torch.int64:
             return self._pool_index(tensor)
         if tensor.dtype in COMPRESSIBLE_DTYPES:
             if use.role == "sign":
                 return self._sign(tensor)
             if use.role == "mask":
-                slot = self._slot_of(tensor, 1)
-                return self._keep(tensor, slot, 1, lambda flat: TwoValued(flat, self._wait))
+                return self._keep(tensor, 1, lambda flat: TwoValued(flat, self._wait))
             bits = self._policy.bits(use)
             if bits is not None:
                 return self._coded(tensor, bits)
@@ -241,48 +223,56 @@ class ActivationStore:
 
     def _coded(self, tensor: Tensor, bits: int) -> Packed:
         """`bits` of each value, or as many more as the budget allows."""
-        slot = self._slot_of(tensor, bits)
         if self._planner is not None:
             exact_bits = 8 * tensor.dtype.itemsize
-            if slot.values is None and self._derive(slot, tensor, bits):
+            slot = self._slot_of(tensor)
+            if slot is not None and slot.values is None and self._derive(slot, tensor, bits):
                 return View(slot, tensor, slot.number)
-            bits = self._planner.bits(slot.number, slot.numel, exact_bits, bits)
+            number = self._number if slot is None else slot.number
+            numel = tensor.numel() if slot is None else _numel_of_storage(tensor)
+            bits = self._planner.bits(number, numel, exact_bits, bits)
             if bits == exact_bits:
                 return self._exact(tensor)
-        return self._keep(tensor, slot, bits, lambda flat: self._codes(flat, bits))
+        return self._keep(tensor, bits, lambda flat: self._codes(flat, bits))
 
-    def _keep(
-        self, tensor: Tensor, slot: Slot, bits: int, make: Callable[[Tensor], Form]
-    ) -> Packed:
-        """Keep `bits` of each value of `slot`."""
+    def _keep(self, tensor: Tensor, bits: int, make: Callable[[Tensor], Form]) -> Packed:
+        """Keep `bits` of each value: the whole storage where it is one tensor, else this alone."""
+        slot = self._slot_of(tensor)
+        if slot is None:
+            if tensor.numel() > _numel_of_storage(tensor):
+                # Expanded from part of a storage: codes of every repetition could be larger.
+                return Exact(tensor)
+            form = self._track(make(tensor.detach().contiguous().view(-1)))
+            return View(form, tensor, self._number)
         if slot.bits < bits and not self._derive(slot, tensor, bits):
-            slot.values = self._track(make(slot.flat(tensor)))
+            slot.values = self._track(make(_flat(tensor)))
         return View(slot, tensor, slot.number)
 
     def _exact(self, tensor: Tensor) -> Packed:
         bits = 8 * tensor.dtype.itemsize
         if self._policy.offload:
-            slot = self._slot_of(tensor, bits)
-            return self._keep(tensor, slot, bits, lambda flat: Copied(flat, self._wait))
-        whole = self._whole(tensor)
-        if whole is None:
+            return self._keep(tensor, bits, lambda flat: Copied(flat, self._wait))
+        slot = self._slot_of(tensor)
+        if slot is None:
             return Exact(tensor)
-        if whole.bits < bits:
-            if not self._derive(whole, tensor, bits):
-                whole.values = Exact(tensor)
-            whole.sign = None
-        return View(whole, tensor, whole.number)
+        if slot.bits < bits:
+            if not self._derive(slot, tensor, bits):
+                slot.values = Exact(tensor)
+            slot.sign = None
+        return View(slot, tensor, slot.number)
 
     def _sign(self, tensor: Tensor) -> Packed:
-        slot = self._slot_of(tensor, 1)
+        slot = self._slot_of(tensor)
+        if slot is None:
+            return self._keep(tensor, 1, lambda flat: Positive(flat, self._wait))
         if slot.sign is None and slot.bits < 8 * tensor.dtype.itemsize:
-            slot.sign = self._track(Positive(slot.flat(tensor), self._wait))
+            slot.sign = self._track(Positive(_flat(tensor), self._wait))
         return View(slot, tensor, slot.number, of_sign=True)
 
     def _pool_index(self, tensor: Tensor) -> Packed:
         assert self._tracker.call is not None
         geometry = PoolGeometry.of(self._tracker.call)
-        slot = self._whole(tensor)
+        slot = self._slot_of(tensor)
         if slot is None or math.prod(geometry.kernel) > _LARGEST_WINDOW:
             return self._exact(tensor)
         if slot.bits == 0:
@@ -297,9 +287,10 @@ class ActivationStore:
     def _derive(self, slot: Slot, tensor: Tensor, bits: int) -> bool:
         """Let `slot` be computed again from another one, kept at `bits` or more, if it can."""
         derivation = self._tracker.derivation(tensor)
-        if derivation is None or slot.is_part:
+        if derivation is None:
             return False
-        source = self._slot_at((derivation.source_key, None))
+        kept = self._slots.get(derivation.source_key)
+        source = None if kept is None else kept()
         if source is None or source.version != derivation.source_version:
             return False
         if source.bits < max(bits, derivation.least_bits):
@@ -307,54 +298,25 @@ class ActivationStore:
         slot.values = Recomputed(source, derivation.recompute, tensor)
         return True
 
-    def _whole(self, tensor: Tensor) -> Slot | None:
+    def _slot_of(self, tensor: Tensor) -> Slot | None:
         """The slot of the tensor's storage; None where that is not one tensor from end to end."""
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
-        if base.numel() != numel_of_storage(tensor) or base.dtype != tensor.dtype:
+        if base.numel() != _numel_of_storage(tensor) or base.dtype != tensor.dtype:
             return None
-        return self._slot_for(tensor, (self._tracker.key_of(tensor), None))
-
-    def _slot_of(self, tensor: Tensor, bits: int) -> Slot:
-        """The slot of the tensor's storage, or of the tensor alone where it is a small part.
-
-        A batch may be part of a data set. Parts are kept alone where `bits` of all the storage's
-        values would take more than the part itself, until they add up to more than the storage.
-        """
-        whole = self._whole(tensor)
-        if whole is not None and (
-            bits * whole.numel <= 8 * tensor.dtype.itemsize * tensor.numel()
-            or whole.values is not None
-            or whole.sign is not None
-            or self._tracker.derivation(tensor) is not None
-        ):
-            return whole
         key = self._tracker.key_of(tensor)
-        place = key, layout_of(tensor)
-        if whole is not None and self._slot_at(place) is None:
-            together = self._parts.get(key, 0) + tensor.numel()
-            if together > whole.numel:
-                return whole
-            self._parts[key] = together
-        return self._slot_for(tensor, place)
-
-    def _slot_for(self, tensor: Tensor, place: Place) -> Slot:
-        slot = self._slot_at(place)
+        kept = self._slots.get(key)
+        slot = None if kept is None else kept()
         if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
-            slot = Slot(tensor, self._number, part=place[1] is not None)
-            self._slots[place] = weakref.ref(slot)
+            slot = Slot(tensor, self._number)
+            self._slots[key] = weakref.ref(slot)
             if len(self._slots) > self._slots_before_pruning:
                 self._prune()
         return slot
 
-    def _slot_at(self, place: Place) -> Slot | None:
-        kept = self._slots.get(place)
-        return None if kept is None else kept()
-
     def _prune(self) -> None:
         """Forget storages and slots that are gone: a context may stay open for many forwards."""
         keys = self._tracker.prune()
-        self._slots = {place: kept for place, kept in self._slots.items() if place[0] in keys}
-        self._parts = {key: numel for key, numel in self._parts.items() if key in keys}
+        self._slots = {key: kept for key, kept in self._slots.items() if key in keys}
         self._slots_before_pruning = max(_FIRST_PRUNING, 2 * len(self._slots))
 
     def _track(self, form: Form) -> Form:
@@ -363,6 +325,15 @@ class ActivationStore:
 
     def _wait(self, tensors: Tensors) -> Kept:
         return OnDevice(tensors) if self._host is None else self._host(tensors)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The tensor's whole storage, in memory order."""
+    return tensor.detach().as_strided((_numel_of_storage(tensor),), (1,), 0)
+
+
+def _numel_of_storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.dtype.itemsize
 
 
 def _unpack(packed: Packed | Small) -> Tensor:

@@ -249,38 +249,3 @@ def test_inside_vmap_views_and_codes_are_right() -> None:
     y.sum().backward()
     step = float(x.max() - x.min()) / 15 * (1 + 2**-6)
     assert float((weight.grad - x.sum(0)[:, None]).abs().max()) <= 32 * step
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("offload", [False, True])
-def test_a_batch_of_a_data_set_is_kept_without_the_rest(channels_last: bool, offload: bool) -> None:
-    """Its storage is the data set's, which was compressed at every forward."""
-    torch.manual_seed(0)
-    data = torch.randn(500, 4, 8, 8)
-    if channels_last:
-        data = data.to(memory_format=torch.channels_last)
-    model = nn.ModuleList([nn.Conv2d(4, 4, 3) for _ in range(2)])
-    policy = Policy(8, 8, minimum_numel=256, offload=offload)
-    store = store_for(model, policy)
-    with store:
-        batch = data[100:108]
-        y = sum(convolution(batch) for convolution in model)
-    assert stored_bytes(store) == batch.numel() + 4 * batch.numel() // 256
-    (found,) = torch.autograd.grad(y.sum(), model[0].weight)
-    (exact,) = torch.autograd.grad(model[0](data[100:108]).sum(), model[0].weight)
-    assert float((found - exact).norm()) < 0.02 * float(exact.norm())
-
-
-def test_many_small_parts_are_kept_as_the_whole() -> None:
-    """Windows that overlap would together be larger than what they are parts of."""
-    torch.manual_seed(0)
-    series = torch.randn(64, 64)
-    weight = torch.randn(4, 64, requires_grad=True)
-    store = store_for(nn.Linear(1, 1))
-    with store:
-        loss = sum((weight * series[i : i + 4]).sum() for i in range(60))
-    # The parts until they are as large as the whole, then that.
-    assert stored_bytes(store) <= 2 * (series.numel() // 2 + 4 * series.numel() // 256)
-    (found,) = torch.autograd.grad(loss, weight)
-    exact = sum(series[i : i + 4] for i in range(60))
-    assert float((found - exact).norm()) < 0.2 * float(exact.norm())
