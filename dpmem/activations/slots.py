@@ -20,10 +20,12 @@ class Slot:
     sign     where they are positive: codes could not tell for values near zero
     """
 
-    __slots__ = ("__weakref__", "dtype", "number", "sign", "values", "version")
+    __slots__ = ("__weakref__", "dtype", "number", "sign", "storage", "values", "version")
 
-    def __init__(self, tensor: Tensor, number: int) -> None:
+    def __init__(self, tensor: Tensor, number: int, storage: StorageWeakRef) -> None:
         self.number = number
+        # While this lives, no other storage takes the address that it is found by.
+        self.storage = storage
         self.version, self.dtype = tensor._version, tensor.dtype
         self.values: Form | Exact | Recomputed | None = None
         self.sign: Form | None = None

@@ -43,11 +43,10 @@ from dpmem.activations.refusals import COMPILED, check_visible, compiled_code
 from dpmem.activations.roles import FOREIGN, MODEL, SMALL, PoolGeometry, Use, use_of
 from dpmem.activations.sensitivity import GradientReader
 from dpmem.activations.slots import Packed, Saved, Slot, View
-from dpmem.activations.tracker import CallTracker
+from dpmem.activations.tracker import FIRST_PRUNING, CallTracker
 from dpmem_kernels import Noise
 
 _LARGEST_WINDOW = 1 << 16
-_FIRST_PRUNING = 4096
 Small = tuple[Tensor, int]
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor))
 
@@ -93,7 +92,7 @@ class ActivationStore:
             )
         # Weakly: what backward has used, or nobody can reach any more, is not kept from here.
         self._slots: dict[int, weakref.ref[Slot]] = {}
-        self._slots_before_pruning = _FIRST_PRUNING
+        self._slots_before_pruning = FIRST_PRUNING
         # Of the tensor that is packed now, from 1; a slot has that of its first.
         self._number = 0
         # Every saved tensor of this forward, where somebody asks.
@@ -303,21 +302,21 @@ class ActivationStore:
         base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
         if base.numel() != _numel_of_storage(tensor) or base.dtype != tensor.dtype:
             return None
-        key = self._tracker.key_of(tensor)
+        key, storage = self._tracker.name(tensor)
         kept = self._slots.get(key)
         slot = None if kept is None else kept()
         if slot is None or slot.version != tensor._version or slot.dtype != tensor.dtype:
-            slot = Slot(tensor, self._number)
+            slot = Slot(tensor, self._number, storage)
             self._slots[key] = weakref.ref(slot)
             if len(self._slots) > self._slots_before_pruning:
                 self._prune()
         return slot
 
     def _prune(self) -> None:
-        """Forget storages and slots that are gone: a context may stay open for many forwards."""
-        keys = self._tracker.prune()
-        self._slots = {key: kept for key, kept in self._slots.items() if key in keys}
-        self._slots_before_pruning = max(_FIRST_PRUNING, 2 * len(self._slots))
+        """Forget slots that are gone, of storages that live, too, and what the tracker can."""
+        self._tracker.prune()
+        self._slots = {key: kept for key, kept in self._slots.items() if kept() is not None}
+        self._slots_before_pruning = max(FIRST_PRUNING, 2 * len(self._slots))
 
     def _track(self, form: Form) -> Form:
         self._alive.add(form)

@@ -8,7 +8,7 @@ function mode sees, and weights mixed with a tensor that is not the model's, a c
 forward included.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ _OF_A_NUMBER = frozenset(("div", "pow"))
 _OPTIONS = frozenset(("approximate", "inplace"))
 _NONLINEAR_BITS = 8
 _NO_OPTIONS: Mapping[str, Any] = {}
+FIRST_PRUNING = 4096
 
 Arguments = tuple[Any, ...]
 Options = Mapping[str, Any]
@@ -66,6 +67,7 @@ class CallTracker(TorchFunctionMode):
         self._computed: dict[int | None, tuple[StorageWeakRef, int]] = {}
         self._derived: dict[int, Derivation] = {}
         self._keys: dict[int, StorageWeakRef] = {}
+        self._known_before_pruning = FIRST_PRUNING
         self.watch: Callable[[FunctionCall, Any], None] | None = None
         """Told of every function and its result, after it ran."""
 
@@ -79,36 +81,43 @@ class CallTracker(TorchFunctionMode):
         """Forget what was computed and is gone; read the model's parameters and buffers again."""
         self._held = _storages_of(self._model)
         if self._computed:
-            self._computed = {
-                key: entry for key, entry in self._computed.items() if not entry[0].expired()
-            }
+            self._forget_computed()
 
     def forget(self) -> None:
         """What came from what: the forward is over."""
         self._derived.clear()
         self._keys.clear()
 
-    def prune(self) -> Collection[int]:
-        """Forget what can be of no use any more, and give the keys that can."""
+    def prune(self) -> None:
+        """Forget what can be of no use any more: a context may stay open for many forwards."""
         self._derived = {
             key: found for key, found in self._derived.items() if not self._keys[key].expired()
         }
-        sources = {found.source_key for found in self._derived.values()}
-        self._keys = {
-            key: storage
-            for key, storage in self._keys.items()
-            if key in sources or not storage.expired()
-        }
-        return self._keys.keys()
+        named = {found.source_key for found in self._derived.values()}.union(self._derived)
+        self._keys = {key: storage for key, storage in self._keys.items() if key in named}
+        self._forget_computed()
+        known = len(self._keys) + len(self._computed)
+        self._known_before_pruning = max(FIRST_PRUNING, 2 * known)
 
-    def key_of(self, tensor: Tensor) -> int:
-        """Names the tensor's storage and until `forget` no other one, whether it lives or not."""
+    def _forget_computed(self) -> None:
+        self._computed = {
+            key: entry for key, entry in self._computed.items() if not entry[0].expired()
+        }
+
+    def _prune_when_grown(self) -> None:
+        """Where something was added, and not only by what is saved: evaluation saves nothing."""
+        if len(self._keys) + len(self._computed) > self._known_before_pruning:
+            self.prune()
+
+    def name(self, tensor: Tensor) -> tuple[int, StorageWeakRef]:
+        """A key of the tensor's storage, and what keeps it from becoming another storage's."""
         key = storage_key(tensor)
         assert key is not None
-        if key not in self._keys:
-            # Keeps the address from being reused, so that a key never answers for a later storage.
-            self._keys[key] = StorageWeakRef(tensor.untyped_storage())
-        return key
+        storage = self._keys.get(key)
+        if storage is None:
+            # The address is not reused while this is there.
+            storage = self._keys[key] = StorageWeakRef(tensor.untyped_storage())
+        return key, storage
 
     def holds(self, tensor: Tensor) -> bool:
         """True for parameters, buffers and what was computed from them alone."""
@@ -176,6 +185,7 @@ class CallTracker(TorchFunctionMode):
         key = storage_key(tensor)
         if key is not None and key not in self._held and not tensor.is_inference():
             self._computed[key] = StorageWeakRef(tensor.untyped_storage()), tensor._version
+            self._prune_when_grown()
 
     def _record(
         self, func: Any, name: str, args: Arguments, options: Options, result: Tensor
@@ -205,7 +215,7 @@ class CallTracker(TorchFunctionMode):
             for operand in operands[1:]
         ):
             return
-        key = self.key_of(result)
+        key, _ = self.name(result)
         if key == storage_key(tensors[0]):
             return
         plan = iter([operand.recompute for operand in operands])
@@ -225,10 +235,12 @@ class CallTracker(TorchFunctionMode):
             recompute,
             affine and all(operand.affine for operand in operands),
         )
+        # Not before: the keys of its source and of itself are used from here on alone.
+        self._prune_when_grown()
 
     def _itself(self, tensor: Tensor) -> Derivation:
         version = tensor._version
-        return Derivation(version, self.key_of(tensor), version, _same, affine=True)
+        return Derivation(version, self.name(tensor)[0], version, _same, affine=True)
 
 
 def _same(flat: Tensor) -> Tensor:
