@@ -11,6 +11,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 
@@ -121,10 +122,14 @@ class ActivationStore:
                 "innermost; put the checkpoint inside the compressed model, not around it; for two "
                 "models make one compression, of nn.ModuleList([first, second])"
             )
-        if self._planner is not None:
-            # May refuse: before anything is switched that only leaving switches back.
-            self._planner.begin()
-            self.reader = self._planner.reader
+        with ExitStack() as undo:
+            # These may refuse: before anything is set that only leaving sets back.
+            compiled_code.refuse()
+            undo.callback(compiled_code.allow)
+            if self._planner is not None:
+                self._planner.begin()
+                self.reader = self._planner.reader
+            undo.pop_all()
         self._tracker.refresh()
         self._forward = next(self._forwards)
         self._stream = self._number = 0
@@ -133,8 +138,8 @@ class ActivationStore:
         unpack = _unpack
         if self.reader is not None:
             self._tracker.watch = self.reader.arm
+        self._tracker.watch = None
             unpack = partial(_unpack_and_read, self.reader)
-        compiled_code.refuse()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()
         self._hooks.__enter__()

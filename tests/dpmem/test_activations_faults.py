@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import dpmem
 from dpmem.activations import ActivationStore, Policy
+from dpmem.activations.refusals import compiled_code
 
 LOSSLESS = Policy(linear_bits=None, nonlinear_bits=None, minimum_numel=256)
 NO_MODEL = nn.Linear(1, 1)
@@ -245,6 +246,45 @@ def test_forgetting_what_is_gone_leaves_gradients_as_they_are(
             ]
         for mine, want in zip(found[0] + found[1], exact + exact, strict=True):
             assert (mine is None and want is None) or torch.equal(mine, want), seed
+
+
+def test_a_context_that_refused_to_begin_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counted a forward, and its reader watched forwards that nobody read."""
+    store = ActivationStore(Fragile(), Policy.parse("1MiB"), seed=1)
+
+    def refuse() -> None:
+        raise NotImplementedError("compiled")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_code, "refuse", refuse)
+        with pytest.raises(NotImplementedError, match="compiled"):
+            store.__enter__()
+    assert store.reader is None
+    assert store._tracker.watch is None
+    assert next(store._forwards) == 1
+    with store:
+        assert store._tracker.watch is not None
+
+
+def test_a_budget_that_refuses_leaves_the_compiler_alone() -> None:
+    def disagree(told: Tensor) -> Tensor:
+        return told + 1 if told.numel() == 2 else told
+
+    model = Fragile()
+    store = ActivationStore(model, Policy.parse("1MiB"), seed=1, agree=disagree)
+    with store:
+        loss = model(torch.randn(128, 64)).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="ranks must save as many tensors"):
+        store.__enter__()
+    assert compiled_code._inside == 0
+
+
+def test_a_forward_without_a_reader_is_not_watched() -> None:
+    store = ActivationStore(Fragile(), LOSSLESS, seed=1)
+    store._tracker.watch = lambda call, result: None
+    with store:
+        assert store._tracker.watch is None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
