@@ -413,7 +413,7 @@ class DataParallel(nn.Module, Joinable):
             rank = dist.get_rank(self.process_group)
         seed = torch.initial_seed()
         self._store = ActivationStore(
-            self.module, self._config.policy, seed=seed, rank=rank, agree=agree
+            self.module, self._config.policy, seed=seed, rank=lambda: rank, agree=agree
         )
 
     def _open_step(self, max_norm: float | None) -> None:

@@ -93,7 +93,9 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
     forward: a byte budget needs that, because it learns from one forward for the next.
 
     policy   a preset's name, a byte budget such as "6GiB", or a `Policy`
-    seed     keys the rounding noise
+    seed     keys the rounding noise, with the rank and the number of the forward. Forwards are
+             counted for each model: in one process the same seed given again draws fresh noise; a
+             new process with the same seed repeats that of the first
 
     Raises ValueError for an unknown preset; NotImplementedError for TorchScript;
     on entering, RuntimeError inside other saved-tensor hooks and where a budget cannot be met,
@@ -109,10 +111,13 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
     resolved = WrapConfig(activations=policy).policy
     if resolved is None:
         raise ValueError("compress needs a policy; received None; use a preset such as '4bit'")
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     # One count a model: a context that is made anew at every step would repeat its noise.
     forwards = _forwards.setdefault(model, itertools.count(1))
-    return ActivationStore(model, resolved, seed=seed, rank=rank, forwards=forwards)
+    return ActivationStore(model, resolved, seed=seed, rank=_rank, forwards=forwards)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _initialise_from_torchrun(model: nn.Module) -> None:

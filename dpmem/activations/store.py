@@ -58,7 +58,8 @@ class ActivationStore:
     One instance serves a model for its life; each `with` is one forward and draws fresh noise.
     `seed` and `rank` key the noise, so that ranks and runs differ where they should. With a byte
     budget `agree` makes the ranks of a data-parallel model choose alike; None: there is one.
-    `forwards` numbers the forwards, where stores share that; None: from 1.
+    `forwards` numbers the forwards, where stores share that; None: from 1. `rank` is asked on
+    entering: the process group may be made after the store.
 
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
     innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
@@ -72,13 +73,14 @@ class ActivationStore:
         policy: Policy,
         *,
         seed: int,
-        rank: int = 0,
+        rank: Callable[[], int] = lambda: 0,
         agree: Agree | None = None,
         forwards: Iterator[int] | None = None,
     ) -> None:
         check_visible(model)
         self._policy = policy
-        self._seed, self._rank = seed, rank
+        self._seed, self._rank = seed, 0
+        self._current_rank = rank
         self._forwards = itertools.count(1) if forwards is None else forwards
         self._forward = 0
         self._stream = 0
@@ -131,7 +133,7 @@ class ActivationStore:
                 self.reader = self._planner.reader
             undo.pop_all()
         self._tracker.refresh()
-        self._forward = next(self._forwards)
+        self._forward, self._rank = next(self._forwards), self._current_rank()
         self._stream = self._number = 0
         if self._host is not None:
             self._host.begin_forward()

@@ -210,15 +210,20 @@ def test_a_context_made_anew_at_every_step_does_not_repeat_its_noise() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_ranks_that_compress_draw_noise_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("made_before_the_group", [False, True])
+def test_ranks_that_compress_draw_noise_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, made_before_the_group: bool
+) -> None:
     """As under DistributedDataParallel, whose ranks all make the same context."""
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     runs = []
     for rank in range(2):
-        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         model, windows = gpt()
-        with dpmem.compress(model, FOUR_BITS):
-            loss = next_byte_loss(model, windows)
-        loss.backward()
+        with monkeypatch.context() as patch:
+            context = dpmem.compress(model, FOUR_BITS) if made_before_the_group else None
+            patch.setattr("torch.distributed.is_initialized", lambda: True)
+            patch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+            with context or dpmem.compress(model, FOUR_BITS):
+                loss = next_byte_loss(model, windows)
+            loss.backward()
         runs.append(gradients(model))
     assert any(not torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -377,7 +377,7 @@ def test_25_the_same_noise_for_the_same_key_alone() -> None:
     weight = torch.ones(64, 64, requires_grad=True)
 
     def restored(seed: int, rank: int) -> Iterator[Tensor]:
-        store = ActivationStore(NOTHING, FOUR, seed=seed, rank=rank)
+        store = ActivationStore(NOTHING, FOUR, seed=seed, rank=lambda: rank)
         while True:
             with store:
                 y = weight * x
