@@ -97,7 +97,7 @@ def compress(model: nn.Module, policy: Activations | Policy, *, seed: int = 0) -
              counted for each model: in one process the same seed given again draws fresh noise; a
              new process with the same seed repeats that of the first
 
-    Raises ValueError for an unknown preset; NotImplementedError for TorchScript;
+    Raises ValueError for an unknown preset; NotImplementedError for trained TorchScript;
     on entering, RuntimeError inside other saved-tensor hooks and where a budget cannot be met,
     NotImplementedError for compiled code.
 

@@ -15,10 +15,15 @@ COMPILED = (
 
 
 def check_visible(model: nn.Module) -> None:
-    """Raise NotImplementedError for a model whose torch functions do not run in this thread."""
+    """Raise NotImplementedError for a model whose torch functions do not run in this thread.
+
+    A frozen TorchScript part is let pass: what it saves stays exact, and the rest is compressed.
+    """
     for name, module in model.named_modules():
         where = f"its module {name!r}" if name else "it"
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule) and (
+            module is model or any(parameter.requires_grad for parameter in module.parameters())
+        ):
             raise NotImplementedError(
                 "activation compression tells tensors by the torch functions that save them; "
                 f"received a model that calls none, for {where} is TorchScript; pass the module "

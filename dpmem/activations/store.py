@@ -64,7 +64,7 @@ class ActivationStore:
     Raises RuntimeError on entering where other saved-tensor hooks are active: torch runs only the
     innermost ones, so inside torch.utils.checkpoint these would switch recomputation off. Raises
     NotImplementedError where compiled code runs inside, and for models whose functions cannot be
-    seen: TorchScript, and torch.nn.DataParallel on several devices.
+    seen: TorchScript but for frozen parts, and torch.nn.DataParallel on several devices inside.
     """
 
     def __init__(
@@ -138,9 +138,9 @@ class ActivationStore:
         if self._host is not None:
             self._host.begin_forward()
         unpack = _unpack
+        self._tracker.watch = None
         if self.reader is not None:
             self._tracker.watch = self.reader.arm
-        self._tracker.watch = None
             unpack = partial(_unpack_and_read, self.reader)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, unpack)
         self._tracker.__enter__()

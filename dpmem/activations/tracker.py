@@ -256,6 +256,10 @@ def _storages_of(model: nn.Module) -> set[int | None]:
         if module is None or module in seen:
             continue
         seen.add(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            # A frozen part: its parameters are not in Python.
+            tensors += [*module.parameters(), *module.buffers()]
+            continue
         state = module.__dict__  # at once: an attribute takes a module longer to find
         if held := state["_parameters"]:
             tensors += held.values()

@@ -288,10 +288,14 @@ def test_a_forward_without_a_reader_is_not_watched() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("how", ["scripted", "traced", "a part", "a thread a device"])
+@pytest.mark.parametrize(
+    "how", ["scripted", "traced", "frozen", "a trained part", "a thread a device"]
+)
 def test_models_whose_functions_cannot_be_seen_are_refused(how: str) -> None:
     """Everything stayed exact, and nobody was told."""
     model = nn.Sequential(nn.Linear(32, 32), nn.GELU())
+    if how == "frozen":
+        model.requires_grad_(False)
     if how == "traced":
         hidden = torch.jit.trace(model, torch.randn(2, 32))
     elif how == "a thread a device":
@@ -299,10 +303,24 @@ def test_models_whose_functions_cannot_be_seen_are_refused(how: str) -> None:
         hidden.device_ids = [0, 1]
     else:
         hidden = torch.jit.script(model)
-    if how == "a part":
+    if how == "a trained part":
         hidden = nn.Sequential(nn.Linear(32, 32), hidden)
     with pytest.raises(NotImplementedError, match=r"a process a device|scripted or traced"):
         dpmem.compress(hidden, "4bit")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:UserWarning")
+def test_a_frozen_part_that_cannot_be_seen_lets_the_rest_be_compressed() -> None:
+    """What it saves stays exact; the whole model was an error for it."""
+    torch.manual_seed(0)
+    frozen = torch.jit.trace(nn.Linear(32, 32).requires_grad_(False), torch.randn(2, 32))
+    model = nn.Sequential(frozen, nn.Linear(32, 32), nn.GELU())
+    store = ActivationStore(model, Policy(minimum_numel=256), seed=1)
+    with store:
+        y = model(torch.randn(64, 32))
+    assert store.compressed_tensors() != []
+    y.sum().backward()
 
 
 def test_two_models_in_nested_contexts_are_told_what_to_do() -> None:
