@@ -15,7 +15,8 @@ from dpmem_profiling.units import format_bytes
 class CompiledRegions:
     """Inside the block what torch.compile would compile runs as it is written, and is noted.
 
-    Modules, functions and methods alike: all enter by the same door.
+    Modules, functions and methods alike: all enter by the same door. Where the stance is that
+    nothing may be compiled, it fails, as it does on a device.
     """
 
     def __init__(self) -> None:
@@ -25,8 +26,11 @@ class CompiledRegions:
     def __enter__(self) -> None:
         # Fake tensors import it anyway.
         eval_frame = import_module("torch._dynamo.eval_frame")
+        by_stance = eval_frame._callback_from_stance
 
         def callback(compiler: Any) -> Any:
+            if eval_frame._stance.stance == "fail_on_recompile":
+                return by_stance(compiler)
             # torch's own ways around the compiler come by here too, without one.
             self._met |= callable(compiler)
             return None

@@ -18,6 +18,7 @@ from dpmem.activations.offload import HostMemory
 from dpmem.forecast import estimate_command, forecast_of
 from dpmem.jobs import owned_tensors
 from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
+from dpmem_profiling import measure
 from dpmem_profiling.gpus import GPUS
 from dpmem_profiling.trace import Kernels, trace
 
@@ -126,6 +127,18 @@ def test_compressed_activations_are_forecast_smaller() -> None:
     # Three layers' inputs in an eighth and a little: at least two whole ones are saved.
     assert small.peak_allocated_bytes <= plain.peak_allocated_bytes - 2 * 4 * n * WIDTH
     assert small.breakdown["compressed"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_what_a_step_refuses_its_forecast_refuses() -> None:
+    def compiled() -> nn.Module:
+        return torch.compile(mlp(), backend="eager")  # type: ignore[return-value]
+
+    wrap = partial(dpmem.wrap, activations="4bit")
+    with pytest.raises(NotImplementedError, match="run uncompiled"):
+        measure(replace(JOB, model=compiled, wrap=wrap), 4, device="cpu")
+    with pytest.raises(NotImplementedError, match="run uncompiled"):
+        dpmem.estimate(replace(JOB, model=compiled), batch_size=4, gpu="t4", wrap=wrap)
 
 
 def test_offloaded_activations_are_not_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
