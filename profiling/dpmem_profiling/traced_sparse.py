@@ -11,13 +11,22 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
+# What has no elements, whatever it is made like.
+_EMPTY = {
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_zeros.default,
+    _aten.zeros_like.default,
+}
+# What has those of an argument's elements that are asked for.
+_CHOICES = {_aten.index_select.default}
 
 
 class SparseElements:
     """Gives the results of operators the elements that real ones have.
 
-    By those of the sparse arguments, each of which is taken to stay: coalescing merges none. What
-    cannot be given is in `notes`.
+    By those of the sparse arguments of the same dimensions, each of which is taken to stay:
+    coalescing merges none. What cannot be given is in `notes`.
     """
 
     def __init__(self) -> None:
@@ -37,17 +46,18 @@ class SparseElements:
             if sum(leaf._nnz() > 0 for leaf in sparse) > 1:
                 self._unknown.add(str(func.overloadpacket))
             return result
-        if result._nnz():
+        if result._nnz() or func in _EMPTY:
             return result
         if func is _aten._embedding_bag_backward.default:
             return _embedding_bag_backward(*args)
-        if not any(leaf._nnz() for leaf in sparse):
+        kept = sparse if func in _SUMS else sparse and [max(sparse, key=Tensor._nnz)]
+        n = sum(leaf._nnz() for leaf in kept)
+        if func in _CHOICES or not n or any(_dims(leaf) != _dims(result) for leaf in kept):
             self._unknown.add(str(func.overloadpacket))
             return result
-        kept = sparse if func in _SUMS else [max(sparse, key=Tensor._nnz)]
         return torch.sparse_coo_tensor(
             torch.cat([leaf._indices() for leaf in kept], dim=1),
-            torch.cat([leaf._values() for leaf in kept]),
+            result._values().new_empty(n, *result._values().shape[1:]),
             result.shape,
             is_coalesced=func is _aten._coalesce.default or all(map(Tensor.is_coalesced, kept)),
             check_invariants=False,
@@ -61,6 +71,10 @@ class SparseElements:
             "unknown: how many elements the sparse results of "
             f"{', '.join(sorted(self._unknown))} have; the figures have fewer.",
         )
+
+
+def _dims(tensor: Tensor) -> tuple[torch.Size, int]:
+    return tensor.shape, tensor.sparse_dim()
 
 
 def _embedding_bag_backward(grad: Tensor, indices: Tensor, *more: Any) -> Tensor:

@@ -113,6 +113,68 @@ def test_sparse_gradients_have_the_elements_of_real_ones(
     assert not traced.notes
 
 
+def with_gradient(use: Callable[[Tensor], Any]) -> Job:
+    """A step that uses the sparse gradient of an embedding once, while it is there."""
+
+    def step(context: StepContext) -> None:
+        context.model(context.batch).square().mean().backward()
+        gradient = context.model.weight.grad
+        assert isinstance(gradient, Tensor)
+        used = use(gradient)
+        # Outweighs what else there was.
+        torch.empty(10**6, dtype=torch.uint8)
+        del used
+        context.model.zero_grad()
+
+    return Job(lambda: nn.Embedding(ROWS, WIDTH, sparse=True), different_rows, step=step)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.parametrize(
+    "use",
+    [
+        Tensor.half,
+        Tensor.double,
+        torch.zeros_like,
+        torch.empty_like,
+        lambda gradient: gradient.new_zeros(gradient.shape),
+        lambda gradient: gradient.double() + gradient.double(),
+    ],
+    ids=["half", "double", "zeros_like", "empty_like", "new_zeros", "sum of doubles"],
+)
+def test_what_is_made_of_sparse_gradients_is_of_its_own_size(use: Callable[[Tensor], Any]) -> None:
+    job = with_gradient(use)
+    traced = trace(job, 32, None)
+    assert last_step_peak_bytes(traced) == measure(job, 32, device="cpu").peak_allocated_bytes
+    assert not traced.notes
+
+
+def test_a_sparse_tensor_has_the_type_that_was_asked_for() -> None:
+    def use(gradient: Tensor) -> None:
+        assert gradient.half().dtype is torch.float16
+        assert (gradient + gradient.double()).dtype is torch.float64
+
+    trace(with_gradient(use), 4, GPU)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda gradient: torch.sparse.sum(gradient, dim=1),
+        lambda gradient: gradient.unsqueeze(0),
+        lambda gradient: gradient.unsqueeze(2),
+        lambda gradient: gradient.index_select(1, torch.arange(5)),
+        lambda gradient: gradient.index_select(0, torch.arange(5)),
+        lambda gradient: gradient.index_select(0, torch.zeros(ROWS, dtype=torch.long)),
+    ],
+    ids=["sum", "unsqueeze", "unsqueeze last", "columns", "rows", "as many rows"],
+)
+def test_the_elements_of_other_dimensions_are_said_to_be_unknown(
+    use: Callable[[Tensor], Any],
+) -> None:
+    assert "unknown: how many elements" in " ".join(trace(with_gradient(use), 4, GPU).notes)
+
+
 def test_the_elements_of_a_sparse_sum_in_place_are_said_to_be_unknown() -> None:
     def step(context: StepContext) -> None:
         for part in context.batch.chunk(2):
