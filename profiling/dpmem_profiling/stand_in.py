@@ -12,8 +12,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dpmem_profiling.traced_sparse import SparseElements
@@ -48,8 +53,9 @@ class StandIn(TorchDispatchMode):
     """Enter it last, above the tracker.
 
     `.item()`, which loops call to log a loss, is answered: 1, or True; `notes` says so. That a
-    value is NaN or infinite is answered False, and what was scaled by a number is answered with it:
-    NAdam divides by 1 - mu_product. What only changes values and allocates nothing is left out.
+    value is NaN or infinite is answered False, and to an optimizer what was scaled by a number is
+    answered with it: NAdam divides by 1 - mu_product. What only changes values and allocates
+    nothing is left out.
     """
 
     @classmethod
@@ -65,6 +71,26 @@ class StandIn(TorchDispatchMode):
         self._false: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._scaled: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._sparse = SparseElements()
+        self._optimizers = 0
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> StandIn:
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._optimizer_begins),
+            register_optimizer_step_post_hook(self._optimizer_ends),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _optimizer_begins(self, *step: Any) -> None:
+        self._optimizers += 1
+
+    def _optimizer_ends(self, *step: Any) -> None:
+        self._optimizers -= 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +102,9 @@ class StandIn(TorchDispatchMode):
             dtype = args[0].dtype
             if dtype is torch.bool:
                 return args[0] not in self._false
-            return self._scaled.get(args[0], 1.0) if dtype.is_floating_point else 1
+            if dtype.is_floating_point:
+                return self._scaled.get(args[0], 1.0) if self._optimizers else 1.0
+            return 1
         if func is _SCALES or func is _SCALE_EACH:
             self._scale(*(args if func is _SCALE_EACH else ([args[0]], [args[1]])))
         if _changes_lists_in_place(func):

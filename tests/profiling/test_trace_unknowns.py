@@ -29,6 +29,26 @@ def test_a_value_asked_for_is_a_note() -> None:
     assert "2 times" in traced.notes[0]
 
 
+def test_a_value_asked_for_is_no_stale_factor() -> None:
+    told = []
+
+    def step(context: StepContext) -> None:
+        loss = mean_square(context.model, context.batch)
+        loss.backward()
+        part = loss.detach().clone()
+        part *= 0.25
+        count = torch.ones(())
+        count *= 0.0
+        count += 1
+        told.extend([part.item(), 1 / count.item()])
+        # NAdam asks for what it scaled, whatever the phase.
+        assert context.optimizer is not None
+        context.optimizer.step()
+
+    trace(replace(RESIDUAL, loss=None, step=step, optimizer=torch.optim.NAdam), 4, GPU)
+    assert told == [1.0] * 4
+
+
 def test_a_formatted_loss_is_a_value_asked_for() -> None:
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         result = mean_square(model, batch)
