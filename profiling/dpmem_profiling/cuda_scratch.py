@@ -73,17 +73,18 @@ def _flash_attention_backward(args: Any) -> Iterator[int]:
 
 
 def _efficient_attention_backward(args: Any) -> Iterator[int]:
-    """attention_backward.cu. In float32: delta, (grad_out * out).sum(-1), and its product before.
+    """attention_backward.cu: delta, (grad_out * out).sum(-1) in float32, and in float32 its product
+    before.
 
-    In half precision its kernel computes delta, and sums the gradient of queries in float32
+    In half precision the kernel computes delta, and sums the gradient of queries in float32
     (mem_eff_attention/kernel_backward.h, workspace_elements_gq): in blocks of 64, as most are.
     """
     grad_out, query = args[0], args[1]
+    batch_size, heads, n_queries, width = query.shape
     if grad_out.dtype == torch.float32:
         yield grad_out.numel() * 4
-        yield grad_out.numel() // max(grad_out.shape[-1], 1) * 4
-    else:
-        batch_size, heads, n_queries, width = query.shape
+    yield batch_size * heads * n_queries * 4
+    if grad_out.dtype != torch.float32:
         yield batch_size * heads * _multiple(n_queries, 64) * _multiple(width, 64) * 4
 
 

@@ -106,7 +106,8 @@ def test_attention_sums_a_gradient_in_single_precision() -> None:
     flash = traced(lambda: Attention(masked=False), 3, batch)
     assert workspaces(flash) == [4 * rows, 4 * rows * 64, grouped, grouped]
     efficient = traced(lambda: Attention(masked=True), 3, batch)
-    assert workspaces(efficient) == [4 * rows * 64]
+    # attention_backward.cu makes delta for the kernel to fill: a number for each query.
+    assert workspaces(efficient) == [FLOAT_BYTES * 3 * 4 * 100, 4 * rows * 64]
     single = traced(lambda: Attention(masked=True, dtype=torch.float32), 3, batch)
     assert workspaces(single) == [FLOAT_BYTES * 3 * 4 * 100 * 40, FLOAT_BYTES * 3 * 4 * 100]
 
