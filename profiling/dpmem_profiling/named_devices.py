@@ -3,6 +3,9 @@
 A step is traced on fake CPU tensors, whatever device its code asks for: what it would put on "cuda"
 is on the device that the trace is of. Left alone, such code ends in torch's errors, or ends the
 process; and with a CUDA build of torch its tensors would be somewhere else, and not counted.
+
+Left alone still: modules that are moved within a step, device=0 where a tensor is made (torch asks
+for an accelerator before any mode hears of it), and torch.cuda's own functions but `synchronize`.
 """
 
 from __future__ import annotations
