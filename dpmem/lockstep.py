@@ -13,12 +13,13 @@ the matter of NCCL's own watchdog.
 import json
 import threading
 import time
+import weakref
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cached_property
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ GLANCE_S = 1.0
 _ROLL_CALL_S = 5.0
 _POLL_S = 0.05
 
-# Of the wrappers over each group, by its name.
+# Of groups of one name, which may come after each other.
 _numbers: defaultdict[str, "count[int]"] = defaultdict(count)
 
 
@@ -46,8 +47,11 @@ class Note:
 
     attempt: int
     backwards: int
-    # How many there were when the attempt before ended.
+    # Which members' were the last of them, in their order, until all of these ended well.
+    open: list[int]
+    # Both as they were when the attempt before ended.
     settled: int
+    lost: list[int]
     # How many backwards reached no parameter.
     empty: int = 0
     failed: str | None = None
@@ -58,11 +62,19 @@ class Note:
     is_waiting: bool = False
 
 
-class Lockstep:
-    """The notes of one wrapper's ranks, called by their numbers in the default group.
+class Member(Protocol):
+    """What averages over a group: one wrapper's part."""
 
-    Wrappers over one group are first trained in the same order on all its ranks. (One that is only
-    made, such as a copy that one rank keeps, has no notes.)
+    def complete_lost(self, *, begun: bool) -> None:
+        """Complete a failed backward with nothing, which this rank had begun or not."""
+
+
+class Lockstep:
+    """The notes of one group's ranks, called by their numbers in the default group.
+
+    All wrappers over the group share them, as they share the order of its collectives: what failed
+    in one is completed before another one's begin. They run their first averaged forward in the
+    same order on all ranks. (One that is only made, such as a copy that one rank keeps, is none.)
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -73,31 +85,62 @@ class Lockstep:
         # In a forecast there are none.
         is_real = dist.get_backend(group) != "fake"
         self._others = [rank for rank in self._ranks if rank != self._rank and is_real]
+        self._members: list[weakref.ref[Member]] = []
         self._attempt = 0
         self._backwards = self._settled = self._empty = 0
+        self._open: list[int] = []
+        self._lost: list[int] = []
+        # How many of the open ones ended well.
+        self._ended = 0
+        # Which backward each member began last.
+        self._begun_at: dict[int, int] = {}
         self._has_unchecked_empty = False
-        self._in_backward = False
         self._is_waiting = False
         self._has_failed = False
+        self._hopeless: RuntimeError | None = None
 
-    def backward_begins(self) -> None:
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "Lockstep":
+        """That of all wrappers over this group."""
+        if group not in _locksteps:
+            _locksteps[group] = cls(group)
+        return _locksteps[group]
+
+    def number_of(self, member: Member) -> int:
+        """Its number, the same on all ranks, from its first averaged forward on."""
+        for number, reference in enumerate(self._members):
+            if reference() is member:
+                return number
+        self._members.append(weakref.ref(member))
+        return len(self._members) - 1
+
+    def backward_begins(self, member: Member) -> None:
         """An averaged backward begins."""
         self._backwards += 1
-        self._in_backward = True
+        number = self.number_of(member)
+        self._open.append(number)
+        self._begun_at[number] = self._backwards
         self._is_waiting = False
         self._write()
 
     def backward_ends(self) -> None:
-        """It ended well."""
-        self._in_backward = False
+        """One ended well."""
+        self._ended += 1
+        self._close()
 
-    def backward_was_empty(self, *, whole: bool) -> None:
+    def _close(self) -> None:
+        if self._ended >= len(self._open):
+            self._open, self._ended = [], 0
+
+    def backward_was_empty(self, member: Member, *, whole: bool) -> None:
         """What began was none: no parameter received a gradient.
 
         `whole` where it was backward(), which on other ranks may have been one to average.
         """
-        self._in_backward = self._is_waiting = False
+        self._is_waiting = False
         self._backwards -= 1
+        self._open.remove(self.number_of(member))
+        self._close()
         if whole:
             self._empty += 1
             self._has_unchecked_empty = True
@@ -139,11 +182,11 @@ class Lockstep:
                 )
             time.sleep(_POLL_S if waiting else 0)
 
-    def tell_plan(self, plan: str) -> None:
+    def tell_plan(self, member: Member, plan: str) -> None:
         """Before a backward that goes by a new plan: what of it all ranks must have alike."""
-        self._set(f"{self._rank} plan", plan)
+        self._set(f"{self._rank} plan {self.number_of(member)}", plan)
 
-    def plan_of_next(self) -> tuple[int, str] | None:
+    def plan_of_next(self, member: Member) -> tuple[int, str] | None:
         """The rank after this one, in a ring, and by what plan its part of this backward goes.
 
         Where plans differ somewhere, one whose plan is new sees it, if all such ask. None where
@@ -152,6 +195,7 @@ class Lockstep:
         if not self._others:
             return None
         rank = next((other for other in self._others if other > self._rank), self._others[0])
+        number = self.number_of(member)
         started = time.monotonic()
         pause_s = _POLL_S / 64
         while True:
@@ -159,8 +203,8 @@ class Lockstep:
             if note is not None and self._is_of_this_attempt(note):
                 if note.failed is not None:
                     return None
-                if note.backwards >= self._backwards:
-                    return rank, self._get(f"{rank} plan") or ""
+                if note.backwards >= self._begun_at[number]:
+                    return rank, self._get(f"{rank} plan {number}") or ""
             waited_s = time.monotonic() - started
             if waited_s > GLANCE_S:
                 self._tell_that_it_waits()
@@ -178,17 +222,24 @@ class Lockstep:
         what = "an exception" if error is None else f"{type(error).__name__}: {error}"
         self._write(f"{where} raised {what}", is_out_of_memory(error), waited)
 
-    def recover(self) -> bool:
-        """Before the step after a failed one: wait until every rank knows of it.
+    def give_up(self, error: RuntimeError, where: str) -> None:
+        """This rank's step failed, and there is no going on, for any wrapper over this group."""
+        self._hopeless = error
+        self.failed(error, where)
 
-        True where other ranks began a backward that this one did not. Raises RuntimeError where
-        another rank completed the step that failed here, or does not answer.
+    def recover(self) -> None:
+        """Before what follows a failed step: complete its collectives, once every rank knows of it.
+
+        Raises RuntimeError where another rank completed the step that failed here, or does not
+        answer.
         """
+        if self._hopeless is not None:
+            raise self._hopeless
         if not self._has_failed:
-            return False
+            return
         deadline = time.monotonic() + self._timeout.total_seconds()
         waiting = set(self._others)
-        began = self._backwards
+        furthest = (self._backwards, self._open)
         while waiting:
             for rank in sorted(waiting):
                 note = self._read(rank)
@@ -196,16 +247,16 @@ class Lockstep:
                     continue
                 if note.attempt > self._attempt:
                     # It knows, and went on.
-                    began = max(began, note.settled)
+                    furthest = max(furthest, (note.settled, note.lost))
                     waiting.remove(rank)
                     continue
-                if self._in_backward and note.backwards > self._backwards:
+                if self._open and note.backwards - len(note.open) >= self._backwards:
                     raise RuntimeError(
                         f"the step that failed on rank {self._rank} succeeded on rank {rank}, so "
                         "their models differ now; load a checkpoint on all ranks"
                     )
                 if self._is_of_this_attempt(note) and note.failed is not None:
-                    began = max(began, note.backwards)
+                    furthest = max(furthest, (note.backwards, note.open))
                     waiting.remove(rank)
             if waiting and time.monotonic() > deadline:
                 raise RuntimeError(
@@ -214,11 +265,28 @@ class Lockstep:
                     "is alive"
                 )
             time.sleep(_POLL_S if waiting else 0)
-        ahead = began > self._backwards
-        self._backwards = self._settled = began
+        begun = self._backwards
+        self._backwards, self._lost = furthest
+        self._settled = self._backwards
         self._attempt += 1
-        self._in_backward = self._has_failed = False
-        return ahead
+        self._open, self._ended = [], 0
+        self._has_failed = False
+        self._complete(begun)
+
+    def _complete(self, begun: int) -> None:
+        """What was lost, in its order, of which this rank had begun all up to this number."""
+        for number, index in enumerate(self._lost, self._backwards - len(self._lost) + 1):
+            member = self._members[index]() if index < len(self._members) else None
+            if member is None:
+                error = RuntimeError(
+                    "wrappers over one group must be trained in the same order on all ranks; the "
+                    f"step that failed reached wrapper number {index} on another rank, which rank "
+                    f"{self._rank} has not trained or has dropped; run the same forwards on all "
+                    "ranks, and start again from a checkpoint"
+                )
+                self.give_up(error, "recovering")
+                raise error
+            member.complete_lost(begun=number <= begun)
 
     def wait(self, work: "dist.Work | torch.futures.Future[Tensor]") -> Any:
         """The result of a collective on the CPU.
@@ -238,7 +306,7 @@ class Lockstep:
             raise RuntimeError(f"{self._who_is_missing()} ({error})") from error
 
     def _tell_that_it_waits(self) -> None:
-        if self._in_backward and not (self._is_waiting or self._has_failed):
+        if self._open and not (self._is_waiting or self._has_failed):
             self._is_waiting = True
             self._write()
 
@@ -299,8 +367,8 @@ class Lockstep:
     def _write(
         self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False
     ) -> None:
-        progress = (self._attempt, self._backwards, self._settled, self._empty)
-        note = Note(*progress, failed, out_of_memory, waited, self._is_waiting)
+        progress = (self._attempt, self._backwards, self._open, self._settled, self._lost)
+        note = Note(*progress, self._empty, failed, out_of_memory, waited, self._is_waiting)
         self._set(str(self._rank), json.dumps(asdict(note)))
 
     def _read(self, rank: int) -> Note | None:
@@ -324,6 +392,10 @@ class Lockstep:
             "the process that hosts the process group's store, rank 0 unless a launcher does, no "
             "longer answers; it has died or cannot be reached, and without it no rank can go on"
         )
+
+
+# They last as long as their group: what was noted over it still stands.
+_locksteps: "weakref.WeakKeyDictionary[dist.ProcessGroup, Lockstep]" = weakref.WeakKeyDictionary()
 
 
 class _Failure(Exception):  # noqa: N818 - a mark on errors that say all there is to say

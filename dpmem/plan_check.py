@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import torch.distributed as dist
 
-from dpmem.lockstep import Lockstep
+from dpmem.lockstep import Lockstep, Member
 
 
 class PlanCheck:
@@ -15,39 +15,36 @@ class PlanCheck:
         self._lockstep = lockstep
         self._is_untold = self._is_unchecked = False
         self._trained = ""
-        self._error: RuntimeError | None = None
 
     def changed(self, trainable: Collection[int]) -> None:
         """From the next backward on these are trained."""
         self._trained = "".join("01"[i in trainable] for i in range(len(self._names)))
         self._is_untold = self._is_unchecked = True
 
-    def tell(self) -> None:
-        """Before a backward begins."""
+    def tell(self, member: Member) -> None:
+        """Before a backward of this member begins."""
         if self._is_untold:
             self._is_untold = False
-            self._lockstep.tell_plan(self._trained)
+            self._lockstep.tell_plan(member, self._trained)
 
-    def ask(self) -> None:
-        """Before a bucket is launched. Raises RuntimeError where the next rank trains others."""
+    def ask(self, member: Member) -> None:
+        """Before a bucket is launched. Raises RuntimeError where the next rank trains others.
+
+        Then there is no going on: what they wait for is of different sizes.
+        """
         if not self._is_unchecked:
             return
         self._is_unchecked = False
-        answer = self._lockstep.plan_of_next()
+        answer = self._lockstep.plan_of_next(member)
         if answer is None or answer[1] == self._trained:
             return
         rank, theirs = answer
         pairs = zip(self._names, self._trained, theirs, strict=True)
         different = [name for name, mine, other in pairs if mine != other]
-        self._error = RuntimeError(
+        error = RuntimeError(
             "all ranks must train the same parameters; requires_grad differs between rank "
             f"{dist.get_rank()} and rank {rank} for {len(different)}, such as {different[0]!r}; "
             "freeze alike on all ranks, and start again from a checkpoint"
         )
-        self._lockstep.failed(self._error, "averaging")
-        raise self._error
-
-    def raise_again(self) -> None:
-        """Once ranks differed there is no going on: what they wait for is of different sizes."""
-        if self._error is not None:
-            raise self._error
+        self._lockstep.give_up(error, "averaging")
+        raise error

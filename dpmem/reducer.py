@@ -111,7 +111,7 @@ class Reducer:
         self._options = options
         self._sparse = frozenset(sparse)
         self._comm_hook: CommHook | None = None
-        self._lockstep = Lockstep(process_group)
+        self._lockstep = Lockstep.of(process_group)
         # What gradients are multiplied by on their way: divided by the ranks that contribute.
         self.scale = 1.0 / dist.get_world_size(process_group)
         # Set where somebody clips: each bucket is then read once more, right after it arrived.
@@ -139,11 +139,9 @@ class Reducer:
         if running_backward() != NO_BACKWARD:
             return
         if synchronize:
-            self._plan_check.raise_again()
+            self._lockstep.number_of(self)
             self._lockstep.check_empty_backward()
-            if self._lockstep.recover():
-                self._follow_order()
-                self._complete_empty()
+            self._lockstep.recover()
         self._settle()
         if synchronize:
             complaint, self._complaint = self._complaint, None
@@ -192,9 +190,17 @@ class Reducer:
         self._settle()
         self._follow_trainable()
         self._follow_order()
-        self._plan_check.tell()
-        self._lockstep.backward_begins()
+        self._plan_check.tell(self)
+        self._lockstep.backward_begins(self)
         self._complete_empty()
+
+    def complete_lost(self, *, begun: bool) -> None:
+        """Complete a backward that failed on some rank, which this one had begun or not."""
+        if begun:
+            self._settle()
+        else:
+            self._follow_order()
+            self._complete_empty()
 
     @property
     def plan(self) -> BucketPlan:
@@ -266,10 +272,12 @@ class Reducer:
         Where this runs in the backward of a reentrant checkpoint, the one around it may have begun.
         """
         if not self._is_averaging():
+            # Of another forward, which raised after this one's.
+            self._lockstep.recover()
             self._settle()
             self._follow_order()
-            self._plan_check.tell()
-            self._lockstep.backward_begins()
+            self._plan_check.tell(self)
+            self._lockstep.backward_begins(self)
             self._turns = Turns.take(self._group, running_backward(), self)
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
@@ -369,7 +377,7 @@ class Reducer:
 
     def _launch(self) -> None:
         """Pack the next bucket and start its all-reduce."""
-        self._plan_check.ask()
+        self._plan_check.ask(self)
         buffer = self._buffers[self._next]
         try:
             with torch.no_grad():
@@ -409,7 +417,7 @@ class Reducer:
         missing = self._missing
         if missing is None:
             # It went through the outputs to other tensors alone.
-            self._lockstep.backward_was_empty(whole=is_whole_backward())
+            self._lockstep.backward_was_empty(self, whole=is_whole_backward())
             self._reset()
             return
         with torch.no_grad():

@@ -1,10 +1,12 @@
 """What ranks do in the fault tests; each runs in processes of its own."""
 
+import copy
 import math
 import os
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -311,3 +313,66 @@ def frozen_differently(rank: int, which: tuple[int | None, ...]) -> tuple[str, s
         except RuntimeError as error:
             said.append(str(error))
     return tuple(said)
+
+
+def one_of_several_raises(rank: int, how: str) -> tuple[list[str], list[bool]]:
+    """Two wrappers, in whose third step rank 0's forward or backward of one raises.
+
+    (What each backward of that step said, is each backward after it right.)
+    """
+    generator, critic = Net(), Net()
+    wrappers = [dpmem.DataParallel(net, bucket_cap_mb=0.0003) for net in (generator, critic)]
+    raising = critic if how == "the second of a chain" else generator
+
+    def steps(models: Sequence[nn.Module], x: Tensor) -> list[Callable[[], Tensor]]:
+        first, second = models
+        if how in ("in turn", "forwards first"):
+            return [lambda: first(x).square().sum(), lambda: second(x).square().sum() * 3]
+        return [lambda: second(first(x)).square().sum()]
+
+    said, right = [], []
+    for step in range(5):
+        fails = step == 2 and rank == 0
+        handle = None
+        if fails and how == "a chain's backward":
+            handle = critic.layers[1].weight.register_hook(_raise)
+        elif fails:
+            raising.fails = True
+        x = [torch.full((2, 8), float(one + step)) for one in range(2)]
+        losses: list[Callable[[], Tensor]] = steps(wrappers, x[rank])
+        if how == "forwards first":
+            # The second one's comes before the first one's, which raises.
+            second = losses[1]()
+            losses[1] = lambda second=second: second
+        for number, loss in enumerate(losses):
+            for net in (generator, critic):
+                net.zero_grad()
+            try:
+                loss().backward()
+            except (ArithmeticError, RuntimeError) as error:
+                said.append(f"step {step} loss {number}: {error}")
+                continue
+            means = _means((generator, critic), lambda nets, x, n=number: steps(nets, x)[n](), x)
+            parameters = [*generator.parameters(), *critic.parameters()]
+            right.append(
+                all(
+                    mean is None or torch.allclose(p.grad, mean, rtol=1e-4, atol=1e-6)
+                    for p, mean in zip(parameters, means, strict=True)
+                )
+            )
+        if handle is not None:
+            handle.remove()
+        raising.fails = False
+    return said, right
+
+
+def _means(
+    nets: Sequence[nn.Module], loss: Callable[[Sequence[nn.Module], Tensor], Tensor], inputs: Any
+) -> list[Tensor | None]:
+    """Gradients of copies, averaged over what each rank's input gives."""
+    copies = copy.deepcopy(list(nets))
+    for net in copies:
+        net.fails = False
+        net.zero_grad()
+    (sum(loss(copies, x) for x in inputs) / len(inputs)).backward()
+    return [parameter.grad for net in copies for parameter in net.parameters()]

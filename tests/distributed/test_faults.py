@@ -83,6 +83,28 @@ def test_one_ranks_exception_is_an_error_on_all_and_training_goes_on(
         assert recovered
 
 
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        ("in turn", "the forward"),
+        pytest.param("forwards first", "the forward", marks=slow),
+        ("the second of a chain", "the forward"),
+        pytest.param("the first of a chain", "the forward", marks=slow),
+        pytest.param("a chain's backward", "the backward", marks=slow),
+    ],
+)
+def test_what_one_wrapper_lost_does_not_meet_what_another_averages(how: str, where: str) -> None:
+    """They share a group: its collectives match by their order alone."""
+    with Doomed("one_of_several_raises", 2, how=how) as doomed:
+        answers = doomed.answers({0, 1})
+    for rank, (said, right) in answers.items():
+        assert len(said) == 1
+        reason = "planned" if rank == 0 else f"rank 0 failed in this step: {where} raised"
+        assert said[0].startswith("step 2 loss 0: ")
+        assert reason in said[0]
+        assert right == [True] * (9 if how in ("in turn", "forwards first") else 4)
+
+
 def test_groups_do_not_hear_of_each_others_failures() -> None:
     """And what they hear names ranks as the launcher does."""
     with Doomed("halves", 4) as doomed:
