@@ -215,7 +215,7 @@ class _Prober:
             said = self._ranks.all_say(lambda: self._try(batch)[0], why_failed)
             # In children, others fail for want of the one that failed first.
             failed = self._ranks.first_failed()
-            done = max(said, key=_peak_bytes) if failed is None else said[failed]
+            done = max(said, key=_badness) if failed is None else said[failed]
             error = RuntimeError(f"rank {failed} {done.error}")
             # They step together.
             times_s = [other.seconds for other in said if other.seconds is not None]
@@ -267,8 +267,9 @@ def _room_here(budget_bytes: int | None, device: torch.device) -> Room:
     return Room(checked_budget(budget_bytes, device), None)
 
 
-def _peak_bytes(probe: Probe) -> int:
-    return probe.peak_bytes or 0
+def _badness(probe: Probe) -> tuple[bool, int]:
+    """Of ranks that all ran: one whose allocator had to ask again counts before any that fits."""
+    return probe.outcome == "retry", probe.peak_bytes or 0
 
 
 def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:

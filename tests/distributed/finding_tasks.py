@@ -1,7 +1,9 @@
 """What ranks that search together run, in a module of its own: children import it."""
 
 import time
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dpmem
+from dpmem import finder
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,23 @@ def find_with_a_slow_rank(rank: int) -> dpmem.BatchSizeResult:
         max_batch=8,
         timeout_s=20,
     )
+
+
+def find_where_an_allocator_retries(rank: int) -> dpmem.BatchSizeResult:
+    """Rank 1's allocator asks again from batch 4 on; rank 0 holds more."""
+    measured_probe = finder.measured_probe
+
+    def probed(job: dpmem.Job, n: int, *rest: Any) -> dpmem.Probe:
+        done = measured_probe(job, n, *rest)
+        if rank == 0:
+            assert done.allocated_bytes is not None
+            return replace(done, allocated_bytes=done.allocated_bytes + 1000)
+        return replace(done, outcome="retry" if n > 3 else "fits")
+
+    with patch.object(finder, "measured_probe", probed):
+        return dpmem.find_batch_size(
+            JOB, device=CPU, budget_bytes=100_000, across_ranks=True, max_batch=8, timeout_s=20
+        )
 
 
 def find_with_a_silent_rank(rank: int) -> Any:

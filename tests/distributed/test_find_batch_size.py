@@ -58,6 +58,13 @@ def test_the_slowest_rank_counts(ranks: Callable[[int], Any]) -> None:
     assert "slow" in {probe.outcome for probe in results[0].probes}
 
 
+def test_the_worst_outcome_counts(ranks: Callable[[int], Any]) -> None:
+    results = ranks(2).run("find_where_an_allocator_retries")
+    assert results[0] == results[1]
+    assert results[0].largest_fitting == 3
+    assert "retry" in {probe.outcome for probe in results[0].probes}
+
+
 def test_a_silent_rank_is_named_on_all(ranks: Callable[[int], Any]) -> None:
     errors = ranks(2).errors("find_with_a_silent_rank")
     assert len({str(error) for error in errors}) == 1
