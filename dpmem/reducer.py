@@ -219,6 +219,14 @@ class Reducer:
         """Sums of squares and finite flags that together cover `gradients()`."""
         return self._layout.stats()
 
+    def own_state(self) -> list[Any]:
+        """What belongs to the model, and changes back with it: which parameters have hooks.
+
+        All else is of a piece with what the other ranks are at: what travels, in which order, how
+        many averages there were, and which of them failed.
+        """
+        return [self._handles]
+
     def retire(self) -> None:
         """The wrapper is gone: only backwards of its own forwards are averaged from now on."""
         self._synchronize = False

@@ -27,6 +27,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dpmem.reducer import Reducer
+
 # Their attributes are a run's state; of other objects' attributes nothing is known. dpmem's own
 # (a wrapper's loss scale) are known, too.
 _STATEFUL = (nn.Module, Optimizer, LRScheduler, GradScaler)
@@ -46,6 +48,8 @@ def undisturbed(objects: Iterable[Any]) -> Iterator[Callable[[], None]]:
     scale. This holds after any exception, too. A Ctrl-C that comes while the state is put back
     waits until all of it is. What no object here holds cannot be put back: an iterator that the
     block advances, what an object of an unknown kind keeps in its attributes, unless it is given.
+    Not put back is how far a wrapper is with its averages, which other ranks rely on: what a step
+    that failed left open is completed by the next forward, whoever's it is.
     """
     memory = _Memory()
     for held in objects:
@@ -128,6 +132,9 @@ class _Memory:
         elif isinstance(value, np.ndarray) and value.flags.writeable:
             array = value.copy()
             self._undo.append(lambda: np.copyto(value, array))
+        elif isinstance(value, Reducer):
+            # Other ranks know how far it is, and are not put back by this one.
+            return value.own_state()
         elif not isinstance(value, type) and (explicitly or _is_stateful(value)):
             if not hasattr(value, "__dict__"):
                 raise TypeError(

@@ -104,6 +104,63 @@ def find_with_a_silent_rank(rank: int) -> Any:
     )
 
 
+def fails_on_rank_1(model: nn.Module, x: Tensor, where: str) -> Tensor:
+    """In the backward, where it is to be there, from batch 4 on."""
+
+    def fail(_: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if dist.get_rank() == 1 and len(x) > 3 and where == "backward":
+        x.requires_grad_().register_hook(fail)
+    return loss(model, x)
+
+
+class FailsInForward(nn.Linear):
+    """Until `heals`, on rank 1 alone, from batch 4 on."""
+
+    heals = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if dist.get_rank() == 1 and len(x) > 3 and not self.heals:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x)
+
+
+def find_on_a_live_wrapper(rank: int, where: str, search: bool) -> tuple[Any, list[float]]:
+    """The safe batch, and the losses of three steps before and three after the search."""
+    torch.manual_seed(0)
+    inner = FailsInForward(16, 16)
+    wrapped, optimizer = dpmem.wrap(inner, torch.optim.Adam(inner.parameters(), 0.01))
+
+    def train(steps: int) -> list[float]:
+        losses = []
+        for step in range(steps):
+            x = torch.full((2, 16), float(rank + step + 1))
+            value = loss(wrapped, x)
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(value.item())
+        return losses
+
+    inner.heals = where != "forward"
+    losses = train(3)
+    found = None
+    if search:
+        found = dpmem.find_batch_size(
+            (wrapped, optimizer),
+            batch=batch,
+            loss=lambda model, x: fails_on_rank_1(model, x, where),
+            device=CPU,
+            budget_bytes=1 << 20,
+            across_ranks=True,
+            max_batch=8,
+            timeout_s=20,
+        ).largest_fitting
+    inner.heals = True
+    return found, losses + train(3)
+
+
 def find_in_children(rank: int) -> tuple[dpmem.BatchSizeResult, float]:
     """What is found where rank 1 runs out of memory and rank 0 waits; and that ranks go on."""
     job = dpmem.Job(

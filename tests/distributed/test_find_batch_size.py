@@ -71,6 +71,16 @@ def test_a_silent_rank_is_named_on_all(ranks: Callable[[int], Any]) -> None:
     assert "within timeout_s=1 what it found; rank 1 did not" in str(errors[0])
 
 
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_live_wrapper_trains_on_after_a_rank_failed(
+    ranks: Callable[[int], Any], where: str
+) -> None:
+    plain = ranks(2).run("find_on_a_live_wrapper", where=where, search=False)
+    searched = ranks(2).run("find_on_a_live_wrapper", where=where, search=True)
+    assert [found for found, _ in searched] == [3, 3]
+    assert [losses for _, losses in searched] == [losses for _, losses in plain]
+
+
 @pytest.mark.slow
 def test_a_rank_that_runs_out_in_a_child_keeps_nobody_waiting(ranks: Callable[[int], Any]) -> None:
     (one, total), (other, _) = ranks(2).run("find_in_children")
