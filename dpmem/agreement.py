@@ -21,9 +21,12 @@ from torch.distributed import distributed_c10d
 
 Said = TypeVar("Said")
 
-_POLL_S = 0.02
+# How often a rank looks, at first and in the end: the store serves all of them.
+_POLL_S, _POLL_AT_MOST_S = 0.02, 0.5
 # Said instead of an answer, once, by the first rank that could not go on.
 _OVER = "over"
+# How a round ends where all ranks spoke in time.
+_ALL_SAID = "all said"
 
 # Errors that are the same on all ranks; all others are a RuntimeError there.
 _KINDS: tuple[type[Exception], ...] = (ValueError, TypeError)
@@ -75,24 +78,18 @@ class Ranks:
         nothing in time. What is no Exception, as Ctrl-C, goes on, and the others hear of it.
         """
         self._round += 1
-        mine: tuple[Said | None, str | None, type[Exception]] = (None, None, RuntimeError)
-        cause: Exception | None = None
         try:
-            said = find()
-            mine = (said, None, RuntimeError)
-            self.note(failed(said))
-        except Exception as error:  # noqa: BLE001 - the others wait for whatever it is
-            kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
-            mine = (None, f"{type(error).__name__}: {error}", kind)
-            cause = error
+            cause = self._say(find, failed)
+            everyone = self._hear()
+        except Exception:
+            raise
         except BaseException as error:
             self._end(f"rank {self._rank} was stopped by {type(error).__name__}")
             raise
-        self._store.set(self._key(self._rank), pickle.dumps(mine))  # type: ignore[arg-type]
-        everyone = self._hear()
         if self._round > 1:
             # Whoever has spoken in this round has heard all of the one before.
-            self._store.delete_key(f"{self._round - 1}/{self._rank}")
+            for what in (self._rank, "failed", "end"):
+                self._store.delete_key(f"{self._round - 1}/{what}")
         for rank, (_, problem, kind) in enumerate(everyone):
             if problem is not None:
                 raise kind(f"rank {rank}: {problem}") from cause
@@ -135,16 +132,48 @@ class Ranks:
         prefix = f"{self._name} children {self._round}"
         return Rendezvous(self._rank, self._world_size, backend, address, prefix, self._timeout_s)
 
+    def _say(
+        self, find: Callable[[], Said], failed: Callable[[Said], str | None]
+    ) -> Exception | None:
+        """Tell the others what `find` returns, or what it raised, which is returned."""
+        cause: Exception | None = None
+        try:
+            said = find()
+            mine = pickle.dumps((said, None, RuntimeError))
+            self.note(failed(said))
+        except Exception as error:  # noqa: BLE001 - the others wait for whatever it is
+            kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+            problem = f"{type(error).__name__}: {error}"
+            mine = pickle.dumps((None, problem, kind))
+            self.note(f"raised {problem}")
+            cause = error
+        self._store.set(self._key(self._rank), mine)  # type: ignore[arg-type]
+        return cause
+
     def _hear(self) -> list[Any]:
+        # One is late where others have given up: whoever is first decides for all how it ended.
+        end = self._store.compare_set(self._key("end"), "", self._wait()).decode()
+        if end != _ALL_SAID:
+            self._end(end)
+            raise RuntimeError(end)
         keys = [self._key(rank) for rank in range(self._world_size)]
-        deadline = time.monotonic() + self._timeout_s
-        while not self._store.check(keys):
-            if not self._store.check([_OVER]) and time.monotonic() > deadline:
-                self._end(self._silence())
-            if self._store.check([_OVER]):
-                raise RuntimeError(self._store.get(_OVER).decode())
-            time.sleep(_POLL_S)
         return [pickle.loads(self._store.get(key)) for key in keys]
+
+    def _wait(self) -> str:
+        """Until every rank has spoken, or will not: how the round ends, as far as is seen here."""
+        silent = [self._key(rank) for rank in range(self._world_size)]
+        deadline, pause_s = time.monotonic() + self._timeout_s, _POLL_S
+        while True:
+            while self._store.check(silent[:1]):
+                del silent[0]
+                if not silent:
+                    return _ALL_SAID
+            if self._store.check([_OVER]):
+                return self._store.get(_OVER).decode()
+            if time.monotonic() > deadline:
+                return self._silence()
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, _POLL_AT_MOST_S)
 
     def _silence(self) -> str:
         ranks = range(self._world_size)
