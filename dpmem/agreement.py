@@ -8,6 +8,7 @@ the others can be told to stop.
 from __future__ import annotations
 
 import pickle
+import secrets
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -129,7 +130,9 @@ class Ranks:
                 "init_method='env://', 'tcp://' or 'file://'"
             )
         backend = str(dist.get_backend_config())
-        prefix = f"{self._name} children {self._round}"
+        # The store's own prefix, which tells the attempts of a restarted run apart, is not known.
+        token = self._store.compare_set("token", "", secrets.token_hex(8)).decode()
+        prefix = f"{self._name} children {token} {self._round}"
         return Rendezvous(self._rank, self._world_size, backend, address, prefix, self._timeout_s)
 
     def _say(

@@ -113,3 +113,16 @@ def test_who_is_stopped_while_it_waits_says_so(
     assert other.all_say(lambda: 1) == [0, 1]
     with pytest.raises(RuntimeError, match="rank 0 was stopped by KeyboardInterrupt"):
         other.all_say(lambda: 1)
+
+
+def test_children_of_a_restarted_run_meet_nobody_of_the_attempt_before(
+    make: Callable[..., list[Ranks]],
+) -> None:
+    """torchrun keeps one store, under another prefix for each attempt."""
+    agent = c10d.TCPStore("127.0.0.1", 0, is_master=True)
+    prefixes = [
+        {ranks.rendezvous().prefix for ranks in make(c10d.PrefixStore(f"attempt {n}", agent))}
+        for n in range(2)
+    ]
+    assert [len(of_one) for of_one in prefixes] == [1, 1]
+    assert prefixes[0] != prefixes[1]
