@@ -233,13 +233,18 @@ class BatchSizeResult:
     explanation: str | None = None
 
     def samples_per_second(self) -> dict[int, float]:
-        """The speed of every safe batch that was timed, one step each; of the multiples alone."""
+        """The speed of every safe batch that was timed, one step each; of the multiples alone.
+
+        A batch below largest_safe is not safe where its own peak is above: peaks may fall again.
+        """
+        safe_bytes = self.limit_bytes - self.margin_bytes
         return {
             probe.batch: probe.batch / probe.seconds
             for probe in self.probes
             if probe.outcome == "fits"
             and probe.seconds
             and probe.batch <= (self.largest_safe or 0)
+            and (probe.peak_bytes or 0) <= safe_bytes
             and probe.batch % self.multiple_of == 0
         }
 

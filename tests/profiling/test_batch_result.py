@@ -133,6 +133,20 @@ def test_more_batches_are_timed_in_the_widest_gaps(
         assert after.fastest == 18
 
 
+def test_the_fastest_is_safe_where_peaks_rise_and_fall() -> None:
+    def probe(n: int) -> Probe:
+        """A kernel for these few takes much room, and little time."""
+        special = n in range(25, 30)
+        return Probe(n, "fits", None, 10 * n + 700 * special, seconds=0.1 if special else n)
+
+    tried = Tried(probe)
+    result = timed_between(search(tried, limit_bytes=1000, margin_bytes=100), tried, 6)
+    above = {batch for batch, peak_bytes in result.curve if peak_bytes > 900}
+    assert above & set(range(25, 30))
+    assert not above & set(result.samples_per_second())
+    assert result.fastest not in above
+
+
 def test_parts_of_a_large_batch_are_multiples_too() -> None:
     result = found(line(), 8)
     assert result.largest_safe == 80
