@@ -48,8 +48,9 @@ def undisturbed(objects: Iterable[Any]) -> Iterator[Callable[[], None]]:
     scale. This holds after any exception, too. A Ctrl-C that comes while the state is put back
     waits until all of it is. What no object here holds cannot be put back: an iterator that the
     block advances, what an object of an unknown kind keeps in its attributes, unless it is given.
-    Not put back is how far a wrapper is with its averages, which other ranks rely on: what a step
-    that failed left open is completed by the next forward, whoever's it is.
+    A file mapped into memory (np.memmap) is not copied, and not put back. Nor is how far a wrapper
+    is with its averages, on which other ranks rely: what a step that failed left open is completed
+    by the next forward, of the block or after it.
     """
     memory = _Memory()
     for held in objects:
@@ -129,6 +130,12 @@ class _Memory:
         elif isinstance(value, np.random.Generator):
             bits, bits_state = value.bit_generator, value.bit_generator.state
             self._undo.append(lambda: setattr(bits, "state", bits_state))
+        elif isinstance(value, np.random.RandomState):
+            legacy_state = value.get_state(legacy=False)
+            self._undo.append(lambda: value.set_state(legacy_state))
+        elif isinstance(value, np.memmap):
+            # A file, as of a data set, and maybe larger than memory.
+            return []
         elif isinstance(value, np.ndarray) and value.flags.writeable:
             array = value.copy()
             self._undo.append(lambda: np.copyto(value, array))

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -233,18 +234,33 @@ def test_buffers_and_arrays_of_every_kind() -> None:
             self.register_buffer("meta", torch.empty(2, device="meta"))
             self.seen = np.zeros(2)
             self.generator = np.random.default_rng(0)
+            self.legacy = np.random.RandomState(0)
 
     model = Model()
     expanded, drawn = model.expanded, np.random.default_rng(0).random(3).tolist()
+    drawn_by_legacy = np.random.RandomState(0).randn(3).tolist()
     with undisturbed([model]):
         model.expanded[0] += 1
         model.expanded = torch.ones(3, 2)
         model.seen += 1
         model.generator.random(5)
+        model.legacy.randn(5)
     assert model.expanded is expanded
     assert not expanded.any()
     assert model.seen.tolist() == [0, 0]
     assert model.generator.random(3).tolist() == drawn
+    assert model.legacy.randn(3).tolist() == drawn_by_legacy
+
+
+def test_a_file_mapped_into_memory_is_not_copied(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    mapped = np.memmap(tmp_path / "data", dtype=np.uint8, mode="w+", shape=(8,))
+    model.data = mapped
+    with undisturbed([model]):
+        model.data[0] = 1
+        model.data = None
+    assert model.data is mapped
+    assert mapped[0] == 1
 
 
 def test_a_lazy_model_is_lazy_again() -> None:
