@@ -130,7 +130,7 @@ class Ranks:
                 "init_method='env://', 'tcp://' or 'file://'"
             )
         backend = str(dist.get_backend_config())
-        # The store's own prefix, which tells the attempts of a restarted run apart, is not known.
+        # A store's prefix, which may be all that tells two runs apart, cannot be asked for.
         token = self._store.compare_set("token", "", secrets.token_hex(8)).decode()
         prefix = f"{self._name} children {token} {self._round}"
         return Rendezvous(self._rank, self._world_size, backend, address, prefix, self._timeout_s)

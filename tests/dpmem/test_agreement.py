@@ -115,10 +115,10 @@ def test_who_is_stopped_while_it_waits_says_so(
         other.all_say(lambda: 1)
 
 
-def test_children_of_a_restarted_run_meet_nobody_of_the_attempt_before(
+def test_children_of_runs_that_share_a_store_do_not_meet(
     make: Callable[..., list[Ranks]],
 ) -> None:
-    """torchrun keeps one store, under another prefix for each attempt."""
+    """Their prefixes alone differ, as of attempts after one another."""
     agent = c10d.TCPStore("127.0.0.1", 0, is_master=True)
     prefixes = [
         {ranks.rendezvous().prefix for ranks in make(c10d.PrefixStore(f"attempt {n}", agent))}
