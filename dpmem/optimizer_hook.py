@@ -26,9 +26,8 @@ class OptimizerHook:
 
     def __init__(self, step: "GradientStep", optimizer: Optimizer) -> None:
         self.step = weakref.ref(step)
-        # What was found of the optimizer's parameters, and of which state of things.
+        # The state of things in which the optimizer's parameters were checked.
         self._checked: object = None
-        self._holds_all = False
         # Are `grad_scale` and `found_inf` set, and by this?
         self._has_told = False
         # What a second update of the same step is told: to divide by, to skip.
@@ -63,7 +62,7 @@ class OptimizerHook:
             )
         now = ([len(group["params"]) for group in optimizer.param_groups], step.trainable())
         if now != self._checked:
-            self._holds_all = step.check_holds(optimizer)
+            step.check_holds(optimizer)
             self._checked = now
         step.is_stepping = True
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
@@ -89,7 +88,8 @@ class OptimizerHook:
     def _finish(self, step: "GradientStep", optimizer: Any) -> None:
         on_device = _takes_flags(optimizer) and not _is_new_to_some(optimizer)
         steps_twice = not step.may_skip and type(optimizer) in _STEPS_TWICE
-        deferred = on_device and self._holds_all and (step.may_skip or steps_twice)
+        may_defer = on_device and (step.may_skip or steps_twice)
+        deferred = may_defer and step.all_reach(optimizer)
         divisor, found_inf = step.finish(deferred=deferred)
         if found_inf is None:
             if divisor is not None:

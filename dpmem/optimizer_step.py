@@ -125,8 +125,8 @@ class GradientStep:
             check_clippable(optimizer, self._model)
         self.attach(optimizer)
 
-    def check_holds(self, optimizer: Optimizer) -> bool:
-        """Does `optimizer` hold every parameter that requires a gradient?
+    def check_holds(self, optimizer: Optimizer) -> None:
+        """Does `optimizer` hold what it must, and nothing else?
 
         Raises ValueError where it holds others than the model's, or misses some that are clipped.
         """
@@ -134,7 +134,14 @@ class GradientStep:
         _check_holds_only(optimizer, self._parameters, doing)
         if self._max_norm is not None:
             _check_holds_all(optimizer, self._parameters)
-        return not _absent(optimizer, self._parameters)
+
+    def all_reach(self, optimizer: Optimizer) -> bool:
+        """Is every gradient there is one of a parameter that `optimizer` holds?
+
+        Frozen parameters may have one, and need not be in it.
+        """
+        held = _held(optimizer)
+        return all(p.grad is None or id(p) in held for _, p in self._parameters)
 
     def trainable(self) -> list[bool]:
         """Which parameters require a gradient now."""
@@ -256,13 +263,9 @@ def _check_holds_only(optimizer: Optimizer, parameters: _Named, doing: str) -> N
         )
 
 
-def _absent(optimizer: Optimizer, parameters: _Named) -> list[str]:
-    held = _held(optimizer)
-    return [name for name, p in parameters if p.requires_grad and id(p) not in held]
-
-
 def _check_holds_all(optimizer: Optimizer, parameters: _Named) -> None:
-    absent = _absent(optimizer, parameters)
+    held = _held(optimizer)
+    absent = [name for name, p in parameters if p.requires_grad and id(p) not in held]
     if absent:
         raise ValueError(
             "max_grad_norm clips at the optimizer's step, so the optimizer must hold every "

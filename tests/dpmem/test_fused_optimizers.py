@@ -207,6 +207,23 @@ def test_a_group_whose_first_step_is_skipped_gets_no_state() -> None:
     assert not any(optimizer.state.get(p) for p in model[1].parameters())
 
 
+def test_gradients_that_the_optimizer_does_not_hold_stay_as_they_are() -> None:
+    """Those that parameters had when they were frozen: no update divides them."""
+    model = network()
+    ours, whole = dpmem.wrap(model, fused("adamw", model), precision="fp16")
+    start_at_scale_8(ours)
+    ours(batch(0)).square().sum().backward()
+    whole.step()
+    model[0].requires_grad_(False)
+    kept = model[0].weight.grad.clone()
+    rest = torch.optim.AdamW(model[2].parameters(), fused=True)
+    for step in range(1, 4):
+        rest.zero_grad()
+        ours(batch(step)).square().sum().backward()
+        rest.step()
+        assert torch.equal(model[0].weight.grad, kept)
+
+
 def test_a_step_that_raised_leaves_nothing_behind() -> None:
     model = network()
     ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
