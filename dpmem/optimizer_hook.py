@@ -113,6 +113,8 @@ class OptimizerHook:
         step = self.step()
         if step is not None:
             step.is_stepping = False
+            if self._has_told:
+                step.done()
         for parameter, gradient in self._skipped:
             parameter.grad = gradient
         self._forget(optimizer)

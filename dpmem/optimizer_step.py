@@ -150,8 +150,8 @@ class GradientStep:
     def enter(self, gradient: Tensor) -> Tensor:
         """A gradient as it enters the module: times the scale."""
         assert self._scaler is not None
+        self.is_stepping = False  # where a step raised
         if not self._scaled:
-            self.is_stepping = False  # where a step raised
             self._report()
             # What was not set to None since the last step is added to, so it needs the new scale.
             with torch.no_grad():
@@ -181,23 +181,28 @@ class GradientStep:
         """The gradients' last pass before an update: (what it is left to divide by, flag).
 
         Unless `deferred` to the update they are multiplied here, and there is nothing to divide by.
-        The flag is 1.0 where the step is to be skipped, None where none is skipped.
+        The flag is 1.0 where the step is to be skipped, None where none is skipped. What is
+        deferred must be told when it is `done`: until then the gradients are as they were.
         """
-        was_scaled = self._scaled
         found_inf = self._measure()
-        self._scaled = False
         if found_inf is None:
+            self._scaled = False
             return None, None
         assert self.norm is not None
-        factor = self._inverse_scale() if was_scaled else torch.ones_like(self.norm)
+        factor = self._inverse_scale() if self._scaled else torch.ones_like(self.norm)
         if self._max_norm is not None:
             factor = factor * (self._max_norm / (self.norm + _NORM_EPSILON)).clamp(max=1.0)
-        self._report()
         skip = found_inf if self.may_skip else None
         if deferred:
             return factor.reciprocal(), skip
         grad_scale_(self._gradients.gradients(), factor)
+        self.done()
         return None, skip
+
+    def done(self) -> None:
+        """The gradients carry no scale any more, or are to be skipped."""
+        self._scaled = False
+        self._report()
 
     def _measure(self) -> Tensor | None:
         """Set the norm; 1.0 where a gradient is not finite, None where there is no gradient."""

@@ -224,27 +224,55 @@ def test_gradients_that_the_optimizer_does_not_hold_stay_as_they_are() -> None:
         assert torch.equal(model[0].weight.grad, kept)
 
 
-def test_a_step_that_raised_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("again", ["the same", "added to", "zeroed", "none"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_raised_may_be_tried_again(precision: Any, again: str) -> None:
+    """Whatever happened to its gradients since, it is the step that had not been tried before."""
     model = network()
-    ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
+    ours, optimizer = dpmem.wrap(
+        model, fused("sgd", model), max_grad_norm=MAX_NORM, precision=precision
+    )
+    start_at_scale_8(ours)
+
+    def backward(step: int) -> None:
+        (ours(batch(step)).square().sum() * 10.0).backward()
+
     for step in range(2):
-        (ours(batch(step)).square().sum() * 100.0).backward()
+        backward(step)
         optimizer.step()
         optimizer.zero_grad()
-    (ours(batch(2)).square().sum() * 100.0).backward()
+    saved = [copy.deepcopy(part.state_dict()) for part in (model, optimizer)]
+    scale = None if ours.scaler is None else ours.scaler.state_dict()
 
     def fail(*_: object) -> None:
         raise RuntimeError("a user's hook")
 
-    handle = optimizer.register_step_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="a user's hook"):
+    def train(*, raises: bool) -> tuple[Tensor, Tensor]:
+        """One step on from the same state."""
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        if scale is not None:
+            ours.scaler.load_state_dict(scale)
+        backward(2)
+        if raises:
+            handle = optimizer.register_step_pre_hook(fail)
+            with pytest.raises(RuntimeError, match="a user's hook"):
+                optimizer.step()
+            handle.remove()
+        if again in ("zeroed", "none"):
+            optimizer.zero_grad(set_to_none=again == "none")
+        if again != "the same":
+            backward(3)
         optimizer.step()
-    handle.remove()
-    optimizer.zero_grad()
-    before = flat(model.parameters())
-    optimizer.step()
-    assert torch.equal(before, flat(model.parameters()))
-    assert not hasattr(optimizer, "found_inf")
+        assert not hasattr(optimizer, "found_inf")
+        result = flat(model.parameters()), ours.grad_norm
+        optimizer.zero_grad()
+        return result
+
+    for expected, found in zip(train(raises=False), train(raises=True), strict=True):
+        assert torch.equal(expected, found)
+    if ours.scaler is not None:
+        assert ours.scaler.state_dict()["growth_tracker"] == scale["growth_tracker"] + 1
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
