@@ -28,8 +28,8 @@ class OptimizerHook:
         self.step = weakref.ref(step)
         # The state of things in which the optimizer's parameters were checked.
         self._checked: object = None
-        # Are `grad_scale` and `found_inf` set, and by this?
-        self._has_told = False
+        # The `found_inf` that the optimizer was told, with a `grad_scale`, and by this.
+        self._told: Tensor | None = None
         # What a second update of the same step is told: to divide by, to skip.
         self._otherwise: tuple[Tensor, Tensor] | None = None
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
@@ -54,10 +54,14 @@ class OptimizerHook:
                 "which is gone; train through the model that wrap returned, or wrap again"
             )
         self._forget(optimizer)
-        if hasattr(optimizer, "found_inf"):
+        if "found_inf" in vars(optimizer):
+            # The scaler removes them after a step that returns.
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
             raise ValueError(
                 "gradients are clipped or unscaled once, at the optimizer's step; received a step "
-                "by torch.amp.GradScaler, which leaves unscaling to fused optimizers; use "
+                "by torch.amp.GradScaler, which leaves skipping and, without unscale_, unscaling "
+                "to fused optimizers, and is refused with unscale_ as without; use "
                 "precision='fp16' instead of a scaler of your own, or fused=False"
             )
         now = ([len(group["params"]) for group in optimizer.param_groups], step.trainable())
@@ -113,7 +117,7 @@ class OptimizerHook:
         step = self.step()
         if step is not None:
             step.is_stepping = False
-            if self._has_told:
+            if self._told is not None:
                 step.done()
         for parameter, gradient in self._skipped:
             parameter.grad = gradient
@@ -123,13 +127,14 @@ class OptimizerHook:
         """What was meant for one step: when it is over, and before the next, as it may raise."""
         self._skipped = []
         self._otherwise = None
-        if self._has_told:
-            self._has_told = False
+        # What is known to be ours: the user may have put the optimizer back, and told it his own.
+        if self._told is not None and vars(optimizer).get("found_inf") is self._told:
             del optimizer.grad_scale, optimizer.found_inf
+        self._told = None
 
     def _tell(self, optimizer: Any, divisor: Tensor | None, skip: Tensor) -> None:
         optimizer.grad_scale, optimizer.found_inf = divisor, skip
-        self._has_told = True
+        self._told = skip
 
 
 def _takes_flags(optimizer: Optimizer) -> bool:

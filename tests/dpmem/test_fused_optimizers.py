@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpmem
+from dpmem.restore import undisturbed
 
 FUSED: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
@@ -275,8 +276,37 @@ def test_a_step_that_raised_may_be_tried_again(precision: Any, again: str) -> No
         assert ours.scaler.state_dict()["growth_tracker"] == scale["growth_tracker"] + 1
 
 
+def test_a_step_that_raised_where_all_is_put_back() -> None:
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
+
+    def train() -> None:
+        ours(batch(0)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a user's hook")
+
+    def fail_to_train() -> None:
+        with undisturbed([ours, optimizer]):
+            optimizer.register_step_pre_hook(fail)
+            train()
+
+    train()
+    with pytest.raises(RuntimeError, match="a user's hook"):
+        fail_to_train()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(ours(batch(0)).square().sum()).backward()
+    with pytest.raises(ValueError, match=r"received a step by torch\.amp\.GradScaler"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    train()
+
+
+@pytest.mark.parametrize("unscales", [False, True])
 @pytest.mark.parametrize("is_fused", [False, True])
-def test_a_scaler_of_the_users_own(is_fused: bool) -> None:
+def test_a_scaler_of_the_users_own(is_fused: bool, unscales: bool) -> None:
     """GradScaler unscales before a step, unless the optimizer is fused: then it is refused."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), fused=is_fused)
@@ -284,9 +314,15 @@ def test_a_scaler_of_the_users_own(is_fused: bool) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(ours(batch(0)).square().sum()).backward()
     expected = flat(p.grad for p in model.parameters()).norm() / 8
+    if unscales:
+        scaler.unscale_(optimizer)
     if is_fused:
         with pytest.raises(ValueError, match=r"received a step by torch\.amp\.GradScaler"):
             scaler.step(optimizer)
+        optimizer.zero_grad()
+        ours(batch(0)).square().sum().backward()
+        optimizer.step()
+        assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-5)
     else:
         scaler.step(optimizer)
         assert float(ours.grad_norm) == pytest.approx(float(expected), rel=1e-6)
