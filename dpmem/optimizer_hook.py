@@ -4,7 +4,9 @@ Multiplying gradients is a pass of our own, unless the optimizer is one of torch
 divide in the pass of their update, and skip without the host knowing (docs/decisions/0005).
 """
 
+import inspect
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +32,8 @@ class OptimizerHook:
         self._checked: object = None
         # The `found_inf` that the optimizer was told, with a `grad_scale`, and by this.
         self._told: Tensor | None = None
-        # What a second update of the same step is told: to divide by, to skip.
-        self._otherwise: tuple[Tensor, Tensor] | None = None
+        # A second update of the same step, and what it is told: to divide by, to skip.
+        self._otherwise: tuple[Callable[[Any], Any], Tensor, Tensor] | None = None
         self._skipped: list[tuple[nn.Parameter, Tensor]] = []
         post_hook = optimizer.register_step_post_hook(self._after)
         # First: those that users registered before must find the step complete.
@@ -91,15 +93,16 @@ class OptimizerHook:
 
     def _finish(self, step: "GradientStep", optimizer: Any) -> None:
         on_device = _takes_flags(optimizer) and not _is_new_to_some(optimizer)
-        steps_twice = not step.may_skip and type(optimizer) in _STEPS_TWICE
-        may_defer = on_device and (step.may_skip or steps_twice)
+        update = None if step.may_skip else _second_update(optimizer)
+        may_defer = on_device and (step.may_skip or update is not None)
         deferred = may_defer and step.all_reach(optimizer)
         divisor, found_inf = step.finish(deferred=deferred)
         if found_inf is None:
             if divisor is not None:
+                assert update is not None
                 clips = (divisor != 1).float()
                 self._tell(optimizer, None, clips)
-                self._otherwise = divisor, 1 - clips
+                self._otherwise = update, divisor, 1 - clips
         elif on_device:
             self._tell(optimizer, divisor, found_inf)
         elif not (found_inf == 0).item():  # a forecast's tensors answer True: its steps are taken
@@ -110,18 +113,21 @@ class OptimizerHook:
                         parameter.grad = None
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._otherwise is not None:
-            self._tell(optimizer, *self._otherwise)
-            # Past the hooks, to which both updates are one step.
-            type(optimizer).step.__wrapped__(optimizer)
-        step = self.step()
-        if step is not None:
-            step.is_stepping = False
-            if self._told is not None:
-                step.done()
-        for parameter, gradient in self._skipped:
-            parameter.grad = gradient
-        self._forget(optimizer)
+        try:
+            if self._otherwise is not None:
+                update, divisor, skip = self._otherwise
+                self._tell(optimizer, divisor, skip)
+                with torch.no_grad():
+                    update(optimizer)
+        finally:
+            step = self.step()
+            if step is not None:
+                step.is_stepping = False
+                if self._told is not None:
+                    step.done()
+            for parameter, gradient in self._skipped:
+                parameter.grad = gradient
+            self._forget(optimizer)
 
     def _forget(self, optimizer: Any) -> None:
         """What was meant for one step: when it is over, and before the next, as it may raise."""
@@ -143,6 +149,18 @@ def _takes_flags(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
         group.get("fused", True) for group in optimizer.param_groups
     )
+
+
+def _second_update(optimizer: Optimizer) -> Callable[[Any], Any] | None:
+    """What may be called once more in a step of `optimizer`: torch's own update, if it is.
+
+    It is past the hooks, to which both updates are one step, and past what wraps them.
+    """
+    if type(optimizer) not in _STEPS_TWICE:
+        return None
+    update: Callable[[Any], Any] = inspect.unwrap(type(optimizer).step)
+    # Somebody's function in its place may hide anything, the hooks as well.
+    return update if update.__module__.startswith("torch.optim.") else None
 
 
 def _is_new_to_some(optimizer: Optimizer) -> bool:

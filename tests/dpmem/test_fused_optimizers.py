@@ -1,6 +1,8 @@
 """Clipping and unscaling that torch's fused optimizers do in the pass of their update."""
 
 import copy
+import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -140,6 +142,66 @@ def test_hooks_schedulers_and_closures_see_one_step(size: float) -> None:
         seen.clear()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 1e-2 / 4
+
+
+@pytest.mark.parametrize("keeps_name", [False, True])
+@pytest.mark.parametrize("size", [0.01, 100.0])
+def test_a_class_whose_step_was_replaced(
+    size: float, keeps_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As profilers do, with functools.wraps or without."""
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("sgd momentum", model), max_grad_norm=MAX_NORM)
+    hooked, seen = torch.optim.SGD.step, []
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return hooked(self, *args, **kwargs)
+
+    def train() -> Tensor:
+        (ours(batch(0)).square().sum() * size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return flat(model.parameters())
+
+    train()
+    saved = [copy.deepcopy(part.state_dict()) for part in (model, optimizer)]
+    expected = train()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", functools.wraps(hooked)(timed) if keeps_name else timed
+    )
+    assert torch.allclose(train(), expected, rtol=1e-6, atol=1e-8)
+    assert seen == ["after"] * 3
+
+
+def test_an_update_that_raises_ends_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second update of one step: it may be tried again, and others may step."""
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
+    module = importlib.import_module("torch.optim.adam")  # torch.optim hides it
+    update, calls = module._fused_adam, 0
+
+    def fails_second(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("no memory")
+        update(*args, **kwargs)
+
+    for step in range(2):
+        (ours(batch(step)).square().sum() * 100.0).backward()
+        if step == 1:
+            monkeypatch.setattr(module, "_fused_adam", fails_second)
+            with pytest.raises(RuntimeError, match="no memory"):
+                optimizer.step()
+            assert not ours._step.is_stepping
+            assert not hasattr(optimizer, "found_inf")
+        optimizer.step()
+        assert float(flat(p.grad for p in model.parameters()).norm()) == pytest.approx(MAX_NORM)
+        optimizer.zero_grad()
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
 def test_a_subclass_steps_once() -> None:
