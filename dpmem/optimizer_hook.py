@@ -168,8 +168,15 @@ def _is_new_to_some(optimizer: Optimizer) -> bool:
 
     A skipped step would give it some; torch's fused SGD would leave that uninitialised.
     """
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+
+    def is_new(parameter: Tensor) -> bool:
+        state = optimizer.state.get(parameter)
+        # torch's SGD may have been loaded with a momentum of None: one that is still to come.
+        return not state or (is_sgd and state.get("momentum_buffer") is None)
+
     return any(
-        parameter.grad is not None and not optimizer.state.get(parameter)
+        parameter.grad is not None and is_new(parameter)
         for group in optimizer.param_groups
         if group.get("momentum") != 0  # torch's SGD keeps no state then
         for parameter in group["params"]

@@ -204,6 +204,20 @@ def test_an_update_that_raises_ends_its_step(monkeypatch: pytest.MonkeyPatch) ->
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
+def test_a_momentum_of_none_is_none() -> None:
+    """Of a checkpoint from before the first step: torch's SGD takes it as one to come."""
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("sgd momentum", model), precision="fp16")
+    start_at_scale_8(ours)
+    state = optimizer.state_dict()
+    state["state"] = {number: {"momentum_buffer": None} for number in range(4)}
+    optimizer.load_state_dict(state)
+    (ours(batch(0)).square().sum() * 1e6).backward()
+    optimizer.step()
+    assert ours.scaler.skipped_steps == 1
+    assert all(state["momentum_buffer"] is None for state in optimizer.state.values())
+
+
 def test_a_subclass_steps_once() -> None:
     class Counting(torch.optim.AdamW):
         steps = 0
