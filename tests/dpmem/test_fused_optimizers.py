@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpmem
 from dpmem.restore import undisturbed
@@ -82,33 +81,6 @@ def test_clipped_training_matches_clip_grad_norm(name: str, dtype: torch.dtype) 
     for state in optimizer.state.values():
         if "step" in state:
             assert float(state["step"]) == len(SIZES)
-
-
-class NoSync(TorchDispatchMode):
-    """Raises where the host asks the device for a value."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        assert "_local_scalar_dense" not in str(func)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", FUSED)
-def test_steps_do_not_wait_for_the_device(name: str, precision: Any) -> None:
-    model = network()
-    ours, optimizer = dpmem.wrap(
-        model, fused(name, model), max_grad_norm=MAX_NORM, precision=precision
-    )
-    start_at_scale_8(ours)
-    for step, size in enumerate(SIZES):
-        (ours(batch(step)).square().sum() * size).backward()
-        if step == 0:
-            optimizer.step()
-            continue
-        with NoSync():
-            optimizer.step()
 
 
 @pytest.mark.parametrize("size", [0.01, 100.0])
