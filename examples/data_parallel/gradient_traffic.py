@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -73,6 +73,8 @@ class Traffic(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if namespace in NAMESPACES_NOT_COUNTED or name in NOT_COUNTED:
             return result
+        if name == "_to_copy" and torch.float16 in (args[0].dtype, result.dtype):
+            return result  # autocast's, of weights, and of what becomes their gradients
         if name in UPDATES:
             found_inf = kwargs.get("found_inf")
             if found_inf is None or found_inf.item() != 1:
@@ -153,12 +155,19 @@ def _model(dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _ours(dtype: torch.dtype, max_norm: float) -> Callable[[], None]:
+def _ours(
+    dtype: torch.dtype, max_norm: float, *, precision: Literal["fp32", "fp16"] = "fp32"
+) -> Callable[[], None]:
     model = _model(dtype)
     wrapped, optimizer = dpmem.wrap(
-        model, torch.optim.AdamW(model.parameters(), fused=True), max_grad_norm=max_norm
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),
+        max_grad_norm=max_norm,
+        precision=precision,
     )
     assert optimizer is not None
+    if wrapped.scaler is not None:  # as GradScaler's below
+        wrapped.scaler.load_state_dict({"scale": 8.0, "growth_tracker": 0, "skipped_steps": 0})
 
     def step() -> None:
         wrapped(torch.ones(BATCH, WIDTH, dtype=dtype)).sum().backward()
@@ -200,6 +209,7 @@ def count(step: Callable[[], None]) -> dict[str, float]:
 
 ROWS: dict[str, Callable[[torch.dtype, float], Callable[[], None]]] = {
     "dpmem": _ours,
+    "dpmem, precision='fp16'": partial(_ours, precision="fp16"),
     "DistributedDataParallel + GradScaler + clip_grad_norm_": partial(_theirs, views=False),
     "the same, gradient_as_bucket_view": partial(_theirs, views=True),
 }

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "data_parallel" / "gradient_traffic.py"
+FP16 = "dpmem, precision='fp16'"
 DDP = "DistributedDataParallel + GradScaler + clip_grad_norm_"
 VIEWS = "the same, gradient_as_bucket_view"
 
@@ -31,6 +32,9 @@ def rows() -> list[dict[str, Any]]:
         ("dpmem", 2, "clips", 20),
         ("dpmem", 1, "does not clip", 8),
         ("dpmem", 1, "clips", 12),
+        # The update divides by the loss scale in every step.
+        (FP16, 2, "does not clip", 20),
+        (FP16, 2, "clips", 20),
         (DDP, 2, "does not clip", 40),
         (DDP, 2, "clips", 40),
         (VIEWS, 2, "clips", 32),
