@@ -284,9 +284,14 @@ class Reducer:
             self._lockstep.recover()
             self._settle()
             self._follow_order()
+            try:
+                turns = Turns.take(self._group, running_backward(), self)
+            except RuntimeError as error:
+                self._lockstep.failed(error, "a backward inside another")
+                raise
             self._plan_check.tell(self)
             self._lockstep.backward_begins(self)
-            self._turns = Turns.take(self._group, running_backward(), self)
+            self._turns = turns
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
 

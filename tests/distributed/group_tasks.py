@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toys import Layers, averaged, differing, input_of
 
 import dpmem
@@ -51,6 +52,10 @@ def several_wrappers(rank: int, how: str) -> list[str]:
     def loss(models: Sequence[nn.Module], rank: int, step: int) -> Tensor:
         x = input_of(rank + step)
         used = "ab" if rank == 0 else "abc"
+        if how == "nested":
+            x.requires_grad_()
+            hidden = checkpoint(models[0], x, use_reentrant=True)
+            return models[1](hidden, used).square().sum()
         if how == "chained":
             return models[1](models[0](x), used).square().sum()
         return models[0](x, used[::-1]).square().sum() + models[1](x, used).square().sum()

@@ -24,6 +24,13 @@ def test_several_wrappers_in_one_backward(ranks: Pool, how: str) -> None:
     assert ranks(2).run("several_wrappers", how=how) == [[], []]
 
 
+def test_a_backward_inside_one_that_has_not_launched_all_is_refused(ranks: Pool) -> None:
+    """A reentrant checkpoint's: where it ends, the other's unused parameters are not known yet."""
+    first, second = ranks(2).errors("several_wrappers", how="nested")
+    assert "use_reentrant=False" in str(first)
+    assert "rank 0 failed in this step: a backward inside another raised" in str(second)
+
+
 def test_a_group_of_other_ranks_is_refused(ranks: Pool) -> None:
     for error in ranks(2).errors("group_of_others"):
         assert "received a group that this rank is not in" in str(error)
