@@ -46,7 +46,11 @@ class AtTheEnd:
         torch.autograd.Variable._execution_engine.queue_callback(self)
 
     def __call__(self) -> None:
-        # An exception's traceback may hold on to this.
+        # An exception's traceback may hold on to this, for longer than the step that failed lasts.
         self.is_over = True
-        self._finish()
+        try:
+            self._finish()
+        except BaseException:
+            self._raised()
+            raise
         self._raised.detach()

@@ -3,8 +3,8 @@
 Chained or side by side they share a process group, on which collectives match by their order alone.
 Which bucket is full first differs among ranks where parameters are unused. So a wrapper launches
 nothing before those that the backward reached earlier have launched all, which is the same order
-everywhere. A backward inside another, as a reentrant checkpoint's, ends before the outer one can say
-what is unused: there a wrapper begins only where those of the outer one have launched all.
+everywhere. A backward inside another, as a reentrant checkpoint's, ends before the outer one can
+say what is unused: there a wrapper begins only where those of the outer one have launched all.
 """
 
 import weakref
