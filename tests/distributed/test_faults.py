@@ -88,7 +88,7 @@ def test_one_ranks_exception_is_an_error_on_all_and_training_goes_on(
     [
         ("in turn", "the forward"),
         pytest.param("forwards first", "the forward", marks=slow),
-        ("the second of a chain", "the forward"),
+        pytest.param("the second of a chain", "the forward", marks=slow),
         pytest.param("the first of a chain", "the forward", marks=slow),
         pytest.param("a chain's backward", "the backward", marks=slow),
     ],
@@ -105,6 +105,7 @@ def test_what_one_wrapper_lost_does_not_meet_what_another_averages(how: str, whe
         assert right == [True] * (9 if how in ("in turn", "forwards first") else 4)
 
 
+@slow
 def test_groups_do_not_hear_of_each_others_failures() -> None:
     """And what they hear names ranks as the launcher does."""
     with Doomed("halves", 4) as doomed:
@@ -118,8 +119,8 @@ def test_groups_do_not_hear_of_each_others_failures() -> None:
 @pytest.mark.parametrize(
     ("which", "differ"),
     [
-        ((2, 0), 4),
-        pytest.param((None, 1), 2, marks=slow),
+        pytest.param((2, 0), 4, marks=slow),
+        ((None, 1), 2),
         pytest.param((1, None, 1), 2, marks=slow),
     ],
 )

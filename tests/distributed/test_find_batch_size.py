@@ -65,6 +65,7 @@ def test_the_worst_outcome_counts(ranks: Callable[[int], Any]) -> None:
     assert "retry" in {probe.outcome for probe in results[0].probes}
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_named_on_all(ranks: Callable[[int], Any]) -> None:
     errors = ranks(2).errors("find_with_a_silent_rank")
     assert len({str(error) for error in errors}) == 1
