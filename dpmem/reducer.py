@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dpmem.arrivals import Arrivals
 from dpmem.backward import NO_BACKWARD, AtTheEnd, is_whole_backward, running_backward
-from dpmem.backward_collectives import order_of_first_rank, used_on_some_rank
 from dpmem.bucket_buffer import BucketBuffer
 from dpmem.bucket_layout import BucketLayout, kinds_of
 from dpmem.buckets import BucketPlan
@@ -240,33 +240,31 @@ class Reducer:
             self._start_anew()
 
     def _start_anew(self) -> None:
+        trained = [i for i, parameter in enumerate(self._parameters) if parameter.requires_grad]
+        self._arrivals = Arrivals(
+            self._names,
+            trained,
+            find_unused=self._options.find_unused,
+            static_graph=self._options.static_graph,
+        )
         self._lay_out(order=None)
-        self._plan_check.changed(self._trainable)
-        for index in self._trainable:
+        self._plan_check.changed(trained)
+        for index in trained:
             if index not in self._handles:
                 hook = _hook(weakref.ref(self), index)
                 parameter = self._parameters[index]
                 self._handles[index] = parameter.register_post_accumulate_grad_hook(hook)
-        # How often a gradient is accumulated in one backward, as a static graph has it.
-        self._expected: dict[int, int] | None = None
-        # Of a static graph: which parameters receive a gradient on some rank.
-        self._used_somewhere: frozenset[int] | None = None
-        # The order in which the first backward brings gradients; None once the ranks agreed on one,
-        # which holds from the next averaged backward on.
-        self._seen: list[int] | None = []
-        self._next_order: list[int] | None = None
 
     def _lay_out(self, order: Sequence[int] | None) -> None:
         """`order` counts among the parameters that require a gradient."""
-        layout = BucketLayout(
+        self._layout = BucketLayout(
             self._parameters,
             capacities_bytes=self._options.capacities_bytes,
             wire_dtype=self._options.wire_dtype,
             sparse=self._sparse,
             order=order,
         )
-        self._layout, self._trainable = layout, layout.trainable
-        self._buffers, self._place_of = layout.buffers, layout.place_of
+        self._buffers, self._place_of = self._layout.buffers, self._layout.place_of
         self._reset()
 
     def _is_averaging(self) -> bool:
@@ -318,8 +316,7 @@ class Reducer:
                 self._await(number)
                 buffer.release()
             self._reset()
-            self._agree_on_unused(list(self._trainable))
-            self._agree_on_order()
+            self._agree(self._arrivals.outstanding())
             self._lockstep.backward_ends()
 
     def _reset(self) -> None:
@@ -328,7 +325,7 @@ class Reducer:
         # Who received no gradient; None until the backward is over.
         self._missing: list[int] | None = None
         self._next = 0
-        self._arrivals = dict.fromkeys(self._trainable, 0)
+        self._arrivals.begin()
         self._waiting = [len(buffer.members) for buffer in self._buffers]
         self._works: list[dist.Work | torch.futures.Future[Tensor]] = []
 
@@ -339,36 +336,16 @@ class Reducer:
             if not self._synchronize or running_backward() == self._local_backward:
                 return
             self._begin()
-        self._arrivals[index] += 1
-        times = self._arrivals[index]
         if torch.is_grad_enabled() and not self._warned:
             self._warned = True
             warnings.warn(_NO_GRAPH, stacklevel=2)
-        if self._options.static_graph and not self._is_last_arrival(index, times):
+        if not self._arrivals.has_come(index):
             return
-        if times > 1 and (self._expected is None or times > self._expected.get(index, 1)):
-            raise RuntimeError(
-                "each parameter's gradient must be accumulated once in a backward; that of "
-                f"{self._names[index]!r} arrived twice, as it does when a module runs in two "
-                "reentrant checkpoints, or in one and outside it; use "
-                "checkpoint(..., use_reentrant=False), or static_graph=True where every backward "
-                "does the same"
-            )
-        if self._seen is not None:
-            self._seen.append(index)
         number, _ = self._place_of[index]
         self._waiting[number] -= 1
         if self._waiting[number] == 0:
             assert self._turns is not None
             self._turns.launch_full()
-
-    def _is_last_arrival(self, index: int, times: int) -> bool:
-        """Of a static graph, whose first backward shows how often each gradient arrives."""
-        if self._expected is not None:
-            return times >= self._expected.get(index, 1)
-        if times == 1 and self._seen is not None:
-            self._seen.append(index)
-        return False
 
     def launch_full(self) -> bool:
         """Launch buckets in their order, as far as they are full. Is everything launched?"""
@@ -378,13 +355,11 @@ class Reducer:
 
     def launch_rest(self) -> None:
         """The backward is over: launch what is left, because the other ranks wait for it."""
-        if not any(self._arrivals.values()) and not (is_whole_backward() and self._may_be_unused()):
+        may_all_be_unused = is_whole_backward() and self._arrivals.may_be_unused
+        if self._arrivals.none() and not may_all_be_unused:
             return
-        self._missing = [
-            i
-            for i, times in self._arrivals.items()
-            if times == 0 and self._parameters[i].grad is None
-        ]
+        outstanding = self._arrivals.outstanding()
+        self._missing = [i for i in outstanding if self._parameters[i].grad is None]
         while self._next < len(self._buffers):
             self._launch()
 
@@ -434,90 +409,34 @@ class Reducer:
             self._reset()
             return
         with torch.no_grad():
-            self._check_static()
+            complaint = self._arrivals.complaint(missing)
             for number, buffer in enumerate(self._buffers):
                 buffer.arrive(self._await(number), take_stats=self.collect_stats)
-            remote = self._agree_on_unused(missing)
-            self._agree_on_order()
+            remote = self._agree(missing)
             self._lockstep.backward_ends()
             self._reset()
             for buffer in self._buffers:
                 buffer.expose(as_views=self._options.as_views)
-            self._expose_missing(missing, remote)
+            # Whatever was asked for, no rank goes on with another average than the others.
+            for index in remote:
+                number, member = self._place_of[index]
+                self._buffers[number].expose([member], as_views=self._options.as_views)
+            self._complaint = complaint or self._complaint
             if not self._options.as_views:
                 for buffer in self._buffers:
                     buffer.release()
 
-    def _check_static(self) -> None:
-        if not self._options.static_graph:
-            return
-        if self._expected is None:
-            self._expected = dict(self._arrivals)
-            return
-        changed = [i for i, times in self._arrivals.items() if times != self._expected[i]]
-        if changed:
-            self._complaint = (
-                "with static_graph=True every backward must bring the same gradients, equally "
-                f"often; others than in the first one came for {self._list(changed)}; leave "
-                "static_graph out"
-            )
-
-    def _expose_missing(self, missing: list[int], remote: list[int]) -> None:
-        """Parameters without a gradient here: give those in `remote` the other ranks' average.
-
-        Whatever was asked for, no rank goes on with another average than the others.
-        """
-        for index in remote:
-            number, member = self._place_of[index]
-            self._buffers[number].expose([member], as_views=self._options.as_views)
-        if missing and not self._may_be_unused():
-            self._complaint = (
-                "every parameter that requires a gradient must receive one in each synchronized "
-                f"backward; {len(missing)} did not receive grad: {self._list(missing)}; freeze "
-                "them, use them in the loss, or pass find_unused_parameters=True"
-            )
+    def _agree(self, missing: list[int]) -> list[int]:
+        """What ranks tell each other after a backward's averages; who of `missing` gets one."""
+        remote = self._arrivals.received_elsewhere(missing, self._group, self._device(), self.wait)
+        self._arrivals.agree_on_order(self._group, self._device(), self.wait)
+        return remote
 
     def _device(self) -> torch.device:
         return self._parameters[0].device
 
-    def _may_be_unused(self) -> bool:
-        return self._options.find_unused or self._options.static_graph
-
-    def _agree_on_unused(self, missing: list[int]) -> list[int]:
-        """Which of `missing` received a gradient on another rank, or may have."""
-        if not self._may_be_unused():
-            return missing
-        if self._used_somewhere is not None:
-            return [i for i in missing if i in self._used_somewhere]
-        with torch.profiler.record_function("search_unused_parameters"):
-            used = [i not in missing for i in self._trainable]
-            read = used_on_some_rank(used, self._group, self._device(), self.wait)
-        if not missing and not self._options.static_graph:
-            return []
-        flags = zip(self._trainable, read(), strict=True)
-        somewhere = frozenset(i for i, is_used in flags if is_used)
-        if self._options.static_graph:
-            self._used_somewhere = somewhere
-        return [i for i in missing if i in somewhere]
-
-    def _agree_on_order(self) -> None:
-        """After the first backward: the order in which rank 0 saw its gradients."""
-        if self._seen is None:
-            return
-        rest = [i for i in reversed(self._trainable) if i not in self._seen]
-        place = {index: place for place, index in enumerate(self._trainable)}
-        order = [place[index] for index in [*self._seen, *rest]]
-        self._next_order = order_of_first_rank(order, self._group, self._device(), self.wait)
-        self._seen = None
-
     def _follow_order(self) -> None:
         """Lay the buckets out as agreed after the first backward."""
-        if self._next_order is not None:
-            order, self._next_order = self._next_order, None
+        order = self._arrivals.take_order()
+        if order is not None:
             self._lay_out(order)
-
-    def _list(self, indices: Sequence[int]) -> str:
-        """Names, with their numbers among the parameters that require a gradient."""
-        place = {index: place for place, index in enumerate(self._trainable)}
-        shown = ", ".join(f"{self._names[i]!r} (number {place[i]})" for i in indices[:32])
-        return shown + (f" and {len(indices) - 32} more" if len(indices) > 32 else "")
