@@ -1,11 +1,46 @@
 """What DataParallel's arguments must be, and what follows from them."""
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+# DistributedDataParallel's: the first bucket is small, so that the first collective starts early.
+_FIRST_BUCKET_BYTES = 1 << 20
+_BUCKET_CAPACITY_MIB = 25.0
+
+
+@dataclass(frozen=True)
+class ReducerOptions:
+    """What DataParallel was asked for.
+
+    capacities_bytes  of the first bucket, the second, ...; the last holds for all that follow
+    find_unused       a parameter may receive no gradient, another one on each rank
+    static_graph      the same parameters receive gradients, as often, in every backward
+    as_views          gradients are views of the buckets, else tensors of their own
+    wire_dtype        what gradients travel as; None: as they are
+    """
+
+    capacities_bytes: tuple[int, ...]
+    find_unused: bool = False
+    static_graph: bool = False
+    as_views: bool = True
+    wire_dtype: torch.dtype | None = None
+
+
+def capacities_bytes(each_mib: float | None, listed_mib: Sequence[float] | None) -> tuple[int, ...]:
+    """Of the first bucket, the second, ...; the last holds for all that follow.
+
+    Example: 4 MiB each and no list are (1 MiB, 4 MiB); 0.5 MiB each (0.5 MiB, 0.5 MiB).
+    """
+    if listed_mib:
+        return tuple(int(mib * 2**20) for mib in listed_mib)
+    # DistributedDataParallel's 0 is a bucket for each gradient.
+    each = int((_BUCKET_CAPACITY_MIB if each_mib is None else each_mib) * 2**20) or 1
+    return min(_FIRST_BUCKET_BYTES, each), each
 
 
 def device_of(parameters: Iterable[nn.Parameter]) -> torch.device:
@@ -78,6 +113,17 @@ def group_of(process_group: dist.ProcessGroup | None, mesh: Any) -> dist.Process
             "is not in; wrap it on the others only"
         )
     return process_group
+
+
+def refuse_to_leave_out(module: nn.Module, ignored: Collection[str]) -> None:
+    """Raises ValueError where trained parameters are ignored, and so not clipped nor unscaled."""
+    own = [n for n, p in module.named_parameters() if n in ignored and p.requires_grad]
+    if own:
+        raise ValueError(
+            "max_grad_norm and precision='fp16' work on gradients that all ranks share; "
+            f"{len(own)} that are trained were to be ignored, such as {own[0]!r}; freeze them, "
+            "or clip and scale yourself"
+        )
 
 
 def sparse_weights(module: nn.Module) -> Collection[int]:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dpmem import __version__
+from dpmem.failures import is_out_of_memory
 from dpmem.finder import find_batch_size
 from dpmem.forecast import estimate_command, forecast_of
 from dpmem.jobs import (
     checked_budget,
     default_device,
-    is_out_of_memory,
     measure_job,
 )
 from dpmem.options import Options

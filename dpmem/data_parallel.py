@@ -15,13 +15,22 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpmem.activations.store import ActivationStore
-from dpmem.arguments import check_devices, device_of, group_of, refuse, sparse_weights
+from dpmem.arguments import (
+    ReducerOptions,
+    capacities_bytes,
+    check_devices,
+    device_of,
+    group_of,
+    refuse,
+    refuse_to_leave_out,
+    sparse_weights,
+)
 from dpmem.config import WrapConfig
 from dpmem.join import Shadow, active_ranks, any_synchronizes
 from dpmem.local_gradients import LocalGradients
 from dpmem.optimizer_step import GradientStep
 from dpmem.precision import autocast, upcast_outputs
-from dpmem.reducer import Reducer, ReducerOptions
+from dpmem.reducer import Reducer
 from dpmem.replicas import (
     broadcast,
     check_ranks_agree,
@@ -34,9 +43,6 @@ from dpmem.scaling import LossScaler, scaled_inputs, scaled_outputs
 from dpmem.state_dict import register_plain_keys
 from dpmem_profiling import Category
 
-# DistributedDataParallel's: the first bucket is small, so that the first collective starts early.
-_FIRST_BUCKET_BYTES = 1 << 20
-_BUCKET_CAPACITY_MIB = 25.0
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -164,12 +170,8 @@ class DataParallel(nn.Module, Joinable):
         # As DistributedDataParallel has it, for callers of torch's _sync_module_states.
         self.broadcast_bucket_size = 250 * 2**20
         self.bucket_bytes_cap_list = [int(mib * 2**20) for mib in bucket_cap_mb_list or ()]
-        capacity_mib = _BUCKET_CAPACITY_MIB if bucket_cap_mb is None else bucket_cap_mb
-        # DistributedDataParallel's 0 is a bucket for each.
-        capacity_bytes = int(capacity_mib * 2**20) or 1
-        capacities = (min(_FIRST_BUCKET_BYTES, capacity_bytes), capacity_bytes)
         self._options = ReducerOptions(
-            tuple(self.bucket_bytes_cap_list) or capacities,
+            capacities_bytes(bucket_cap_mb, bucket_cap_mb_list),
             find_unused_parameters,
             static_graph,
             gradient_as_bucket_view,
@@ -423,14 +425,7 @@ class DataParallel(nn.Module, Joinable):
             self._scaler = LossScaler(self.device, agree)
         if max_norm is None and self._scaler is None:
             return
-        ignored = self.parameters_to_ignore
-        own = [n for n, p in self.module.named_parameters() if n in ignored and p.requires_grad]
-        if own:
-            raise ValueError(
-                "max_grad_norm and precision='fp16' work on gradients that all ranks share; "
-                f"{len(own)} that are trained were to be ignored, such as {own[0]!r}; freeze them, "
-                "or clip and scale yourself"
-            )
+        refuse_to_leave_out(self.module, self.parameters_to_ignore)
         self._step = GradientStep(self.module, self._gradients, max_norm, self._scaler)
         if isinstance(self._gradients, Reducer):
             self._gradients.collect_stats = True

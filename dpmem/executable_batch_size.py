@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dpmem.jobs import is_out_of_memory
+from dpmem.failures import is_out_of_memory
 
 _ACCELERATES_WORDS = (
     " out of memory.",

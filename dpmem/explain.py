@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from dpmem.failures import is_out_of_memory
 from dpmem.forecast import forecast_of
-from dpmem.jobs import default_device, device_memory_bytes, is_out_of_memory, measure_within
+from dpmem.jobs import default_device, device_memory_bytes, measure_within
 from dpmem.targets import describe
 from dpmem_profiling import (
     BatchSizeResult,

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from dpmem.agreement import Ranks
 from dpmem.expected import Expected
 from dpmem.explain import explain_too_small
+from dpmem.failures import is_out_of_memory
 from dpmem.forecast import forecast_of
 from dpmem.growth import note_of_a_leak, refuse_a_constant_step
 from dpmem.isolation import Room, explain_in_child, probe_in_child, room_in_child, why_failed
 from dpmem.jobs import (
     checked_budget,
     is_one_of_many,
-    is_out_of_memory,
     measure_within,
 )
 from dpmem.limits import Drift, search_within

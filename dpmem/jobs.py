@@ -1,6 +1,5 @@
 """What people do with a Job: measure it, report on it; and what memory there is for that."""
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,23 +12,12 @@ from dpmem.host import memory_bytes
 from dpmem_profiling import (
     Category,
     Job,
-    MemoryLimitExceeded,
     MemoryRecord,
     ReportFiles,
     format_bytes,
     measure,
     write_report,
 )
-
-# Where torch raises a plain RuntimeError for memory that ran out. Sources: c10/core/
-# impl/alloc_cpu.cpp, cudaGetErrorString, aten/src/ATen/cuda/CUDABlas.cpp, cudnn's status names, and
-# torch/csrc/Exceptions.h, which passes on what C++ itself says.
-_OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator: (not enough|can't allocate) memory"
-    r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
-    r"|\Astd::bad_alloc\Z"
-)
-
 
 # A step that takes less is timed again: others on the machine take milliseconds at a time.
 TIMING_S = 0.1
@@ -78,13 +66,6 @@ def device_memory_bytes(device: torch.device) -> tuple[int, int] | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     return memory_bytes()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for every way in which a step says that memory ran out, and for nothing else."""
-    if isinstance(error, MemoryLimitExceeded | torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def checked_budget(budget_bytes: int | None, device: torch.device) -> int:

@@ -10,56 +10,24 @@ This is for collectives on the CPU. On CUDA a wait does not hold the host, and l
 the matter of NCCL's own watchdog.
 """
 
-import json
 import threading
 import time
 import weakref
-from collections import defaultdict
-from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import cached_property
-from itertools import count
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C import _distributed_c10d as c10d
-from torch.distributed import distributed_c10d
+
+from dpmem.failures import Failure, StepFailed, StepOutOfMemory, is_out_of_memory
+from dpmem.notes import Note, Notes
 
 # A step is shorter; whoever waits longer has a look at the notes.
 GLANCE_S = 1.0
 # How long the survivors of a lost connection have to say that they live.
 _ROLL_CALL_S = 5.0
 _POLL_S = 0.05
-
-# Of groups of one name, which may come after each other.
-_numbers: defaultdict[str, "count[int]"] = defaultdict(count)
-
-
-@dataclass(frozen=True)
-class Note:
-    """One rank's last: how many averaged backwards it began, and how its step failed, if it did.
-
-    An attempt ends when a step failed, which is then so on all ranks: what is noted under another
-    one is over.
-    """
-
-    attempt: int
-    backwards: int
-    # Which members' were the last of them, in their order, until all of these ended well.
-    open: list[int]
-    # Both as they were when the attempt before ended.
-    settled: int
-    lost: list[int]
-    # How many backwards reached no parameter.
-    empty: int = 0
-    failed: str | None = None
-    out_of_memory: bool = False
-    # Its failure is that it waited for others.
-    waited: bool = False
-    # It waits for others in the backward that it began.
-    is_waiting: bool = False
 
 
 class Member(Protocol):
@@ -78,8 +46,8 @@ class Lockstep:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group_name = group.group_name
-        self._timeout: timedelta = distributed_c10d._get_default_store().timeout  # type: ignore[attr-defined]
+        self._notes = Notes(group.group_name)
+        self._timeout = self._notes.timeout
         self._rank = dist.get_rank()
         self._ranks = dist.get_process_group_ranks(group)
         # In a forecast there are none.
@@ -159,7 +127,7 @@ class Lockstep:
         waiting = set(self._others)
         while waiting:
             for rank in sorted(waiting):
-                note = self._read(rank)
+                note = self._notes.read(rank)
                 if note is None:
                     continue
                 if note.failed is not None or note.empty >= self._empty:
@@ -184,7 +152,7 @@ class Lockstep:
 
     def tell_plan(self, member: Member, plan: str) -> None:
         """Before a backward that goes by a new plan: what of it all ranks must have alike."""
-        self._set(f"{self._rank} plan {self.number_of(member)}", plan)
+        self._notes.write_plan(self._rank, self.number_of(member), plan)
 
     def plan_of_next(self, member: Member) -> tuple[int, str] | None:
         """The rank after this one, in a ring, and by what plan its part of this backward goes.
@@ -199,12 +167,12 @@ class Lockstep:
         started = time.monotonic()
         pause_s = _POLL_S / 64
         while True:
-            note = self._read(rank)
+            note = self._notes.read(rank)
             if note is not None and self._is_of_this_attempt(note):
                 if note.failed is not None:
                     return None
                 if note.backwards >= self._begun_at[number]:
-                    return rank, self._get(f"{rank} plan {number}") or ""
+                    return rank, self._notes.plan(rank, number)
             waited_s = time.monotonic() - started
             if waited_s > GLANCE_S:
                 self._tell_that_it_waits()
@@ -220,7 +188,7 @@ class Lockstep:
             return
         self._has_failed = True
         what = "an exception" if error is None else f"{type(error).__name__}: {error}"
-        self._write(f"{where} raised {what}", is_out_of_memory(error), waited)
+        self._write(f"{where} raised {what}", error is not None and is_out_of_memory(error), waited)
 
     def give_up(self, error: RuntimeError, where: str) -> None:
         """This rank's step failed, and there is no going on, for any wrapper over this group."""
@@ -242,7 +210,7 @@ class Lockstep:
         furthest = (self._backwards, self._open)
         while waiting:
             for rank in sorted(waiting):
-                note = self._read(rank)
+                note = self._notes.read(rank)
                 if note is None:
                     continue
                 if note.attempt > self._attempt:
@@ -299,7 +267,7 @@ class Lockstep:
                 self._tell_that_it_waits()
                 self._look_for_failures()
             return work.wait()
-        except _Failure:
+        except Failure:
             raise
         except RuntimeError as error:
             self.failed(error, "waiting for the other ranks", waited=True)
@@ -312,7 +280,7 @@ class Lockstep:
 
     def _look_for_failures(self) -> None:
         for rank in self._others:
-            note = self._read(rank)
+            note = self._notes.read(rank)
             if note is None or note.failed is None or not self._is_of_this_attempt(note):
                 continue
             if note.waited:
@@ -323,7 +291,7 @@ class Lockstep:
                 "missing, so no rank has gradients; correct the cause there, or set gradients to "
                 "None on all ranks and go on with the next step"
             )
-            failure = _OutOfMemory(message) if note.out_of_memory else _StepFailed(message)
+            failure = StepOutOfMemory(message) if note.out_of_memory else StepFailed(message)
             self.failed(failure, f"hearing of rank {rank}")
             try:
                 raise failure
@@ -341,7 +309,7 @@ class Lockstep:
         notes: dict[int, Note | None] = dict.fromkeys(silent)
         while silent and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-            notes = {rank: self._read(rank) for rank in silent}
+            notes = {rank: self._notes.read(rank) for rank in silent}
             silent = [
                 rank
                 for rank, note in notes.items()
@@ -358,67 +326,20 @@ class Lockstep:
             f"{names} did not take part and no longer answers; see why it died or hangs"
         )
 
-    @cached_property
-    def _store(self) -> c10d.Store:
-        number = next(_numbers[self._group_name])
-        prefix = f"dpmem lockstep {self._group_name} {number}"
-        return c10d.PrefixStore(prefix, distributed_c10d._get_default_store())
-
     def _write(
         self, failed: str | None = None, out_of_memory: bool = False, waited: bool = False
     ) -> None:
         progress = (self._attempt, self._backwards, self._open, self._settled, self._lost)
         note = Note(*progress, self._empty, failed, out_of_memory, waited, self._is_waiting)
-        self._set(str(self._rank), json.dumps(asdict(note)))
-
-    def _read(self, rank: int) -> Note | None:
-        note = self._get(str(rank))
-        return None if note is None else Note(**json.loads(note))
-
-    def _set(self, key: str, value: str) -> None:
-        try:
-            self._store.set(key, value)
-        except RuntimeError as error:
-            raise self._store_is_gone() from error
-
-    def _get(self, key: str) -> str | None:
-        try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
-        except RuntimeError as error:
-            raise self._store_is_gone() from error
-
-    def _store_is_gone(self) -> RuntimeError:
-        return _StepFailed(
-            "the process that hosts the process group's store, rank 0 unless a launcher does, no "
-            "longer answers; it has died or cannot be reached, and without it no rank can go on"
-        )
+        self._notes.write(self._rank, note)
 
 
 # They last as long as their group: what was noted over it still stands.
 _locksteps: "weakref.WeakKeyDictionary[dist.ProcessGroup, Lockstep]" = weakref.WeakKeyDictionary()
 
 
-class _Failure(Exception):  # noqa: N818 - a mark on errors that say all there is to say
-    """Not to be explained further."""
-
-
-class _StepFailed(_Failure, RuntimeError):  # noqa: N818 - as above
-    """A rank failed."""
-
-
-class _OutOfMemory(_Failure, torch.OutOfMemoryError):
-    """A rank ran out of memory."""
-
-
 def _backwards(note: Note | None) -> int:
     return 0 if note is None else note.backwards
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """CUDA's error, or the CPU allocator's, which is a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _done_within(work: "dist.Work | torch.futures.Future[Tensor]", seconds: float) -> bool:

@@ -18,7 +18,8 @@ class PlanCheck:
 
     def changed(self, trainable: Collection[int]) -> None:
         """From the next backward on these are trained."""
-        self._trained = "".join("01"[i in trainable] for i in range(len(self._names)))
+        trained = frozenset(trainable)
+        self._trained = "".join("01"[i in trained] for i in range(len(self._names)))
         self._is_untold = self._is_unchecked = True
 
     def tell(self, member: Member) -> None:

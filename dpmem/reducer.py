@@ -21,7 +21,6 @@ gradients nobody reads.
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dpmem.arguments import ReducerOptions
 from dpmem.arrivals import Arrivals
 from dpmem.backward import NO_BACKWARD, AtTheEnd, is_whole_backward, running_backward
 from dpmem.bucket_buffer import BucketBuffer
@@ -47,24 +47,6 @@ _NO_GRAPH = (
 )
 
 Named = Sequence[tuple[str, nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class ReducerOptions:
-    """What DataParallel was asked for.
-
-    capacities_bytes  of the first bucket, the second, ...; the last holds for all that follow
-    find_unused       a parameter may receive no gradient, another one on each rank
-    static_graph      the same parameters receive gradients, as often, in every backward
-    as_views          gradients are views of the buckets, else tensors of their own
-    wire_dtype        what gradients travel as; None: as they are
-    """
-
-    capacities_bytes: tuple[int, ...]
-    find_unused: bool = False
-    static_graph: bool = False
-    as_views: bool = True
-    wire_dtype: torch.dtype | None = None
 
 
 def _hook(reducer: "weakref.ref[Reducer]", index: int) -> Callable[[Tensor], None]:

@@ -142,7 +142,7 @@ def test_running_out_of_memory_in_a_forward_is_that_on_all() -> None:
     with Doomed("out_of_memory", 2) as doomed:
         answers = doomed.answers({0, 1})
     assert answers[1][0] == "RuntimeError"
-    assert answers[0][0] == "_OutOfMemory"
+    assert answers[0][0] == "StepOutOfMemory"
     assert "rank 1 failed in this step: the forward raised RuntimeError" in answers[0][1]
     assert answers[0][2]
     assert answers[1][2]

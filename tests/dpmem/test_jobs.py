@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from dpmem import explain, host, jobs
 from dpmem.explain import explain_too_small
+from dpmem.failures import is_out_of_memory
 from dpmem.finder import find_batch_size
 from dpmem.jobs import (
     checked_budget,
     device_memory_bytes,
-    is_out_of_memory,
 )
 from dpmem_profiling import BatchSizeResult, InvalidJob, Job, MemoryLimitExceeded
 
