@@ -27,6 +27,7 @@ from dpmem_profiling.trace_replay import (
     with_workspaces,
 )
 from dpmem_profiling.units import format_bytes
+from dpmem_profiling.unknowns import attention_of_cudnn
 
 # How far real peaks were from forecasts, as fractions of the forecast: the band of 90% of the 48
 # measured runs that reports/validation/table.md does not call noisy. `make validation`.
@@ -203,7 +204,7 @@ class Forecast:
         outside_bytes = outside_bytes_of(gpu)
         capacity_bytes = gpu.total_bytes - outside_bytes
         peaks = replay_allocations(traced, self._settings, capacity_bytes)
-        notes = list(traced.notes)
+        notes = [*traced.notes, *attention_of_cudnn(traced.storages, gpu.architecture)]
         reserved_bytes = peaks.reserved_bytes
         if reserved_bytes is None:
             reserved_bytes = self.reserved_bytes(batch_size, gpu)

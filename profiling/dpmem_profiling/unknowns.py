@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ from unittest import mock
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from dpmem_profiling.tracker import StorageInfo
 from dpmem_profiling.units import format_bytes
 
 
@@ -91,4 +93,31 @@ def sharded(model: nn.Module) -> tuple[str, ...]:
     return (
         "unknown: what the allocator reserves for fully_shard's own streams. The figures have all "
         "tensors on one stream.",
+    )
+
+
+_PREFER_CUDNN = {(9, 0), (10, 0), (10, 3)}
+_FUSED = {
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_efficient_attention",
+}
+_HALF = {"bfloat16", "float16"}
+
+
+def attention_of_cudnn(
+    storages: Iterable[StorageInfo], architecture: tuple[int, int] | None
+) -> tuple[str, ...]:
+    """A note where torch prefers cuDNN's attention, whose workspace that library decides.
+
+    Source: sdp_utils.cpp, check_prefer_cudnn_attention: on Hopper and B200, with a cuDNN after
+    9.15. It saves what FlashAttention saves (derivatives.yaml).
+    """
+    if architecture not in _PREFER_CUDNN:
+        return ()
+    if not any(storage.op in _FUSED and storage.dtype in _HALF for storage in storages):
+        return ()
+    return (
+        "unknown: what cuDNN's attention takes while it runs. torch prefers it on this GPU, where "
+        "cuDNN is newer than 9.15; the figures have what PyTorch's own kernels take, which save "
+        "the same for backward.",
     )

@@ -169,6 +169,29 @@ def test_every_gpu_has_its_own_workspaces_from_one_trace() -> None:
     assert len(set(runs)) == 2
 
 
+def test_cudnns_attention_is_unknown_where_torch_prefers_it() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        heads = model(batch).view(-1, 4, 16, WIDTH // 64)
+        return nn.functional.scaled_dot_product_attention(heads, heads, heads).float().sum()
+
+    def notes(gpu_name: str, dtype: torch.dtype) -> list[str]:
+        job = Job(
+            lambda: nn.Linear(WIDTH, WIDTH).to(dtype),
+            lambda n: torch.randn(n, WIDTH, dtype=dtype),
+            loss,
+        )
+        found = Forecast(job).estimate(4, GPUS[gpu_name]).notes
+        return [note for note in found if "cuDNN's attention" in note]
+
+    (note,) = notes("h100-80gb", torch.bfloat16)
+    assert note.startswith("unknown:")
+    assert notes("b200", torch.float16)
+    assert not notes("a100-80gb", torch.bfloat16)
+    assert not notes("rtx-5090", torch.bfloat16)
+    # Its kernels are for half precision.
+    assert not notes("h100-80gb", torch.float32)
+
+
 def test_allocator_settings_are_a_what_if() -> None:
     card = gpu(1 << 30)
     settings = AllocatorSettings.parse("expandable_segments:True")
