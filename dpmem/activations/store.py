@@ -163,14 +163,15 @@ class ActivationStore:
         self._slots.clear()
         if self._host is not None:
             self._host.end_forward()
-        if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
-            raise NotImplementedError(COMPILED) from value
+        saved = self.log
         if self._planner is not None:
             # Whatever became of this forward, the next one starts its own.
-            saved, self.log = self.log, []
+            self.log = []
+        if isinstance(value, RuntimeError) and "fail_on_recompile" in str(value):
+            raise NotImplementedError(COMPILED) from value
+        if self._planner is not None and kind is None:
             assert saved is not None
-            if kind is None:
-                self._planner.end(saved)
+            self._planner.end(saved)
 
     def _pack(self, tensor: Tensor) -> Packed | Small:
         self._number += 1

@@ -119,6 +119,16 @@ def test_ranks_that_disagree_leave_the_compiler_alone() -> None:
     compiled(x)
 
 
+def test_a_forward_refused_for_compiled_code_leaves_nothing_to_the_next() -> None:
+    """What it saved was planned with, and kept until the next forward ended."""
+    model, x = Fragile(), torch.randn(128, 64)
+    store = ActivationStore(model, Policy.parse("1MiB"), seed=1)
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
+    with pytest.raises(NotImplementedError, match="run uncompiled"), store:
+        compiled(model(x))
+    assert store.log == []
+
+
 def test_a_loop_inside_one_context_keeps_nothing() -> None:
     torch.manual_seed(0)
     model = Fragile()
