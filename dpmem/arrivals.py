@@ -1,12 +1,23 @@
 """Which gradients a backward brings, and what ranks tell each other about that."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-Wait = Callable[["dist.Work | torch.futures.Future[torch.Tensor]"], Any]
+Wait = Callable[["dist.Work | torch.futures.Future[Tensor]"], Any]
+
+
+@dataclass
+class _Told:
+    """What is on its way to all ranks: who received a gradient, and the order. None: no need."""
+
+    used: Tensor | None = None
+    order: Tensor | None = None
+    works: "list[dist.Work]" = field(default_factory=list)
 
 
 class Arrivals:
@@ -40,6 +51,8 @@ class Arrivals:
         # which holds from the next averaged backward on.
         self._seen: list[int] | None = []
         self._agreed: list[int] | None = None
+        # Of the backward that ends.
+        self._told: _Told | None = None
 
     def __contains__(self, index: int) -> bool:
         return index in self._times
@@ -115,41 +128,69 @@ class Arrivals:
         shown = ", ".join(f"{self._names[i]!r} (number {self._place[i]})" for i in indices[:32])
         return shown + (f" and {len(indices) - 32} more" if len(indices) > 32 else "")
 
-    def received_elsewhere(
-        self, missing: list[int], group: dist.ProcessGroup, device: torch.device, wait: Wait
+    def agree(
+        self,
+        missing: list[int],
+        group: dist.ProcessGroup,
+        device: torch.device,
+        wait: Wait,
+        *,
+        is_lost: bool = False,
     ) -> list[int]:
-        """Which of `missing` received a gradient on another rank, or may have. A collective."""
+        """Which of `missing` received a gradient on another rank, or may have. Collectives.
+
+        Where waiting for them raises, others may yet take part: the next call, with `is_lost`,
+        waits for the same again, and learns nothing of a step in which not all ranks told theirs.
+        """
+        told = self._told = self._told or self._tell(missing, group, device)
+        for work in told.works:
+            wait(work)
+        self._told = None
+        if told.order is not None:
+            # Rank 0 need not read what it said: in a forecast it says it without data.
+            is_first = dist.get_rank(group) == 0
+            self._agreed = self._order() if is_first else told.order.tolist()
+            self._seen = None
         if not self.may_be_unused:
             return missing
-        if self._used_somewhere is not None:
-            return [i for i in missing if i in self._used_somewhere]
-        with torch.profiler.record_function("search_unused_parameters"):
-            absent = frozenset(missing)
-            used = [i not in absent for i in self._trained]
-            flags = torch.tensor(used, dtype=torch.int32, device=device)
-            wait(dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group, async_op=True))
-        if not missing and not self._static_graph:
+        if told.used is not None and self._static_graph and not is_lost:
+            self._used_somewhere = self._those(told.used)
+        if not missing:
             # To read the answer is to wait for the device.
             return []
-        is_used = zip(self._trained, flags.tolist(), strict=True)
-        somewhere = frozenset(i for i, flag in is_used if flag)
-        if self._static_graph:
-            self._used_somewhere = somewhere
-        return [i for i in missing if i in somewhere]
+        somewhere = self._used_somewhere
+        if somewhere is None:
+            assert told.used is not None
+            somewhere = self._those(told.used)
+        return [index for index in missing if index in somewhere]
 
-    def agree_on_order(self, group: dist.ProcessGroup, device: torch.device, wait: Wait) -> None:
-        """After the first backward: the order in which rank 0 saw its gradients. A collective."""
-        if self._seen is None:
-            return
+    def _tell(
+        self, missing: Sequence[int], group: dist.ProcessGroup, device: torch.device
+    ) -> "_Told":
+        told = _Told()
+        if self.may_be_unused and self._used_somewhere is None:
+            with torch.profiler.record_function("search_unused_parameters"):
+                absent = frozenset(missing)
+                used = [i not in absent for i in self._trained]
+                told.used = torch.tensor(used, dtype=torch.int32, device=device)
+                work = dist.all_reduce(told.used, dist.ReduceOp.MAX, group=group, async_op=True)
+                told.works.append(work)
+        if self._seen is not None:
+            told.order = torch.tensor(self._order(), device=device)
+            first = dist.get_global_rank(group, 0)
+            told.works.append(dist.broadcast(told.order, first, group=group, async_op=True))
+        return told
+
+    def _those(self, used: Tensor) -> frozenset[int]:
+        flags = zip(self._trained, used.tolist(), strict=True)
+        return frozenset(index for index, flag in flags if flag)
+
+    def _order(self) -> list[int]:
+        """In which gradients came here, and behind them those that did not, the last first."""
+        assert self._seen is not None
         seen = frozenset(self._seen)
         rest = [index for index in reversed(self._trained) if index not in seen]
-        order = [self._place[index] for index in [*self._seen, *rest]]
-        told = torch.tensor(order, device=device)
-        first = dist.get_global_rank(group, 0)
-        wait(dist.broadcast(told, first, group=group, async_op=True))
-        # Rank 0 need not read what it said: in a forecast it says it without data.
-        self._agreed = order if dist.get_rank(group) == 0 else told.tolist()
-        self._seen = None
+        return [self._place[index] for index in [*self._seen, *rest]]
 
     def take_order(self) -> list[int] | None:
         """The order that was agreed on since this was asked, counted among `trained`; None: none.

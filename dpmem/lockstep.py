@@ -33,8 +33,11 @@ _POLL_S = 0.05
 class Member(Protocol):
     """What averages over a group: one wrapper's part."""
 
-    def complete_lost(self, *, begun: bool) -> None:
-        """Complete a failed backward with nothing, which this rank had begun or not."""
+    def launch_lost(self, *, begun: bool) -> None:
+        """Launch what is left of a failed backward, with nothing; this rank began it or did not."""
+
+    def complete_lost(self) -> None:
+        """Complete it, where this rank has not."""
 
 
 class Lockstep:
@@ -243,7 +246,8 @@ class Lockstep:
 
     def _complete(self, begun: int) -> None:
         """What was lost, in its order, of which this rank had begun all up to this number."""
-        for number, index in enumerate(self._lost, self._backwards - len(self._lost) + 1):
+        members = []
+        for index in self._lost:
             member = self._members[index]() if index < len(self._members) else None
             if member is None:
                 error = RuntimeError(
@@ -254,7 +258,12 @@ class Lockstep:
                 )
                 self.give_up(error, "recovering")
                 raise error
-            member.complete_lost(begun=number <= begun)
+            members.append(member)
+        # As in a backward of several: what is told at its end follows the last bucket of all.
+        for number, member in enumerate(members, self._backwards - len(members) + 1):
+            member.launch_lost(begun=number <= begun)
+        for member in members:
+            member.complete_lost()
 
     def wait(self, work: "dist.Work | torch.futures.Future[Tensor]") -> Any:
         """The result of a collective on the CPU.

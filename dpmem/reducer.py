@@ -174,15 +174,22 @@ class Reducer:
         self._follow_order()
         self._plan_check.tell(self)
         self._lockstep.backward_begins(self)
-        self._complete_empty()
+        self._is_open = True
+        self._launch_zeros()
+        self._complete_empty(is_lost=False)
 
-    def complete_lost(self, *, begun: bool) -> None:
-        """Complete a backward that failed on some rank, which this one had begun or not."""
-        if begun:
-            self._settle()
-        else:
+    def launch_lost(self, *, begun: bool) -> None:
+        """Launch what is left of a backward that failed somewhere, which this rank began or not."""
+        if not begun:
             self._follow_order()
-            self._complete_empty()
+            self._is_open = True
+        if self._is_open:
+            self._launch_zeros()
+
+    def complete_lost(self) -> None:
+        """Complete what was lost, and launched on all ranks."""
+        if self._is_open:
+            self._complete_empty(is_lost=True)
 
     @property
     def plan(self) -> BucketPlan:
@@ -272,6 +279,7 @@ class Reducer:
             self._plan_check.tell(self)
             self._lockstep.backward_begins(self)
             self._turns = turns
+            self._is_open = True
             end = AtTheEnd(self._finish, _raised(weakref.ref(self)))
             self._end = weakref.ref(end)
 
@@ -284,24 +292,29 @@ class Reducer:
 
         Their gradients are lost: what travelled is discarded, and the rest goes as zeros.
         """
-        if self._end is None:
-            return
         assert not self._is_averaging()
-        self._complete_empty()
+        self.launch_lost(begun=True)
+        self.complete_lost()
 
-    def _complete_empty(self) -> None:
-        """All that is left of an averaged backward, with nothing to contribute nor to receive."""
+    def _launch_zeros(self) -> None:
+        """Launch what is left of an averaged backward, with nothing to contribute."""
         with torch.no_grad():
             for buffer in self._buffers[self._next :]:
                 self._travel(buffer, buffer.pack_zeros())
-            for number, buffer in enumerate(self._buffers):
-                self._await(number)
-                buffer.release()
-            self._reset()
-            self._agree(self._arrivals.outstanding())
-            self._lockstep.backward_ends()
+
+    def _complete_empty(self, *, is_lost: bool) -> None:
+        """Complete, with nothing, an averaged backward whose buckets are all launched."""
+        for number, buffer in enumerate(self._buffers):
+            self._await(number)
+            buffer.release()
+        self._arrivals.begin()
+        self._agree(self._arrivals.outstanding(), is_lost=is_lost)
+        self._reset()
+        self._lockstep.backward_ends()
 
     def _reset(self) -> None:
+        # True from the start of an averaged backward until all of its collectives are completed.
+        self._is_open = False
         self._end = None
         self._turns = None
         # Who received no gradient; None until the backward is over.
@@ -359,12 +372,15 @@ class Reducer:
             raise
 
     def _travel(self, buffer: BucketBuffer, tensor: Tensor) -> None:
-        number, self._next = self._next, self._next + 1
+        number = self._next
         if self._comm_hook is None:
-            self._works.append(dist.all_reduce(tensor, group=self._group, async_op=True))
-            return
-        bucket = GradBucket(number, tensor, buffer.members, number + 1 == len(self._buffers))
-        self._works.append(self._comm_hook(bucket))
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        else:
+            is_last = number + 1 == len(self._buffers)
+            work = self._comm_hook(GradBucket(number, tensor, buffer.members, is_last))
+        # Not where that raised: the others wait for this bucket still.
+        self._works.append(work)
+        self._next += 1
 
     def _await(self, number: int) -> Tensor | None:
         """Wait for a bucket; what a communication hook made of it."""
@@ -408,11 +424,11 @@ class Reducer:
                 for buffer in self._buffers:
                     buffer.release()
 
-    def _agree(self, missing: list[int]) -> list[int]:
+    def _agree(self, missing: list[int], *, is_lost: bool = False) -> list[int]:
         """What ranks tell each other after a backward's averages; who of `missing` gets one."""
-        remote = self._arrivals.received_elsewhere(missing, self._group, self._device(), self.wait)
-        self._arrivals.agree_on_order(self._group, self._device(), self.wait)
-        return remote
+        return self._arrivals.agree(
+            missing, self._group, self._device(), self.wait, is_lost=is_lost
+        )
 
     def _device(self) -> torch.device:
         return self._parameters[0].device

@@ -105,6 +105,52 @@ def test_what_one_wrapper_lost_does_not_meet_what_another_averages(how: str, whe
         assert right == [True] * (9 if how in ("in turn", "forwards first") else 4)
 
 
+@pytest.mark.parametrize(
+    ("which", "lost", "unused"),
+    [
+        (1, 1, True),
+        pytest.param(0, 1, True, marks=slow),
+        pytest.param(1, 0, False, marks=slow),
+        pytest.param(0, 0, False, marks=slow),
+    ],
+)
+def test_what_was_told_of_a_lost_step_is_not_told_again(
+    which: int, lost: int, unused: bool
+) -> None:
+    """The other rank tells what it received, and in the first step in which order."""
+    arguments = {"which": which, "lost": lost, "unused": unused}
+    with Doomed("raises_behind_its_last_bucket", 2, **arguments) as doomed:
+        answers = doomed.answers({0, 1})
+    means = [(step + 0.5, step + 0.5) for step in range(4) if step != lost]
+    assert answers[which] == ("planned", means)
+    assert answers[1 - which][0].startswith(f"rank {which} failed in this step: the backward")
+    assert answers[1 - which][1] == means
+
+
+@pytest.mark.parametrize(
+    ("task", "which", "means"),
+    [
+        ("loses_a_static_graphs_first_step", 0, [(1.5, 1.0), (2.5, 1.5), (3.5, 2.0)]),
+        pytest.param(
+            *("raises_in_a_communication_hook", 1, [(0.5, 0.5), (2.5, 2.5), (3.5, 3.5)]),
+            marks=slow,
+        ),
+        pytest.param(
+            *("raises_between_a_chains_forwards", 0, [(0.5, 0.5), (1.5, 1.5), (3.5, 3.5)]),
+            marks=slow,
+        ),
+    ],
+)
+def test_the_step_after_a_lost_one_is_right(
+    task: str, which: int, means: list[tuple[float, float]]
+) -> None:
+    with Doomed(task, 2) as doomed:
+        answers = doomed.answers({0, 1})
+    assert answers[which] == ("planned", means)
+    assert answers[1 - which][0].startswith(f"rank {which} failed in this step: the ")
+    assert answers[1 - which][1] == means
+
+
 @slow
 def test_groups_do_not_hear_of_each_others_failures() -> None:
     """And what they hear names ranks as the launcher does."""
