@@ -117,19 +117,18 @@ class Reducer:
         Raises RuntimeError where parameters received no gradient in the backward before.
         """
         self._synchronize = synchronize
-        # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet.
-        if running_backward() != NO_BACKWARD:
+        # Inside a backward, a checkpoint runs its forward again: nothing of it is over yet. And
+        # what one that raised left is completed when the others know of it, not before.
+        if not synchronize or running_backward() != NO_BACKWARD:
             return
-        if synchronize:
-            self._lockstep.number_of(self)
-            self._lockstep.check_empty_backward()
-            self._lockstep.recover()
+        self._lockstep.number_of(self)
+        self._lockstep.check_empty_backward()
+        self._lockstep.recover()
         self._settle()
-        if synchronize:
-            complaint, self._complaint = self._complaint, None
-            if complaint is not None:
-                raise RuntimeError(complaint)
-            self._follow_trainable()
+        complaint, self._complaint = self._complaint, None
+        if complaint is not None:
+            raise RuntimeError(complaint)
+        self._follow_trainable()
 
     def follow(self, outputs: list[Tensor], *, synchronize: bool) -> None:
         """Average the backward that reaches these outputs, or do not, whatever runs in between.

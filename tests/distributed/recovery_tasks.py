@@ -126,3 +126,22 @@ def raises_between_a_chains_forwards(rank: int) -> Answer:
         return second(first(torch.tensor(x))) / 2
 
     return _steps(first, step, rank, lost=2, raises=0, arm=arm)
+
+
+def goes_on_in_no_sync(rank: int) -> Answer:
+    """Behind a backward that raised, rank 1 accumulates before its next average."""
+    wrapped = _wrapped()
+    armed: list[bool] = []
+    wrapped.module.always.register_hook(lambda gradient: _raise() if armed else gradient)
+
+    def arm() -> Callable[[], None]:
+        armed.append(True)
+        return armed.clear
+
+    def step(x: float) -> Tensor:
+        if not armed:
+            with wrapped.no_sync():
+                wrapped(torch.tensor(10 * x)).backward()
+        return wrapped(torch.tensor(x))
+
+    return _steps(wrapped, step, rank, lost=1, raises=1, arm=arm)

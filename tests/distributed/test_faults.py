@@ -151,6 +151,16 @@ def test_the_step_after_a_lost_one_is_right(
     assert answers[1 - which][1] == means
 
 
+def test_accumulating_after_a_lost_step_completes_it_on_no_rank() -> None:
+    """Or the others step with an average that lacks a part."""
+    with Doomed("goes_on_in_no_sync", 2) as doomed:
+        answers = doomed.answers({0, 1})
+    means = [(11 * (step + 0.5),) * 2 for step in (0, 2, 3)]
+    assert answers[1] == ("planned", means)
+    assert answers[0][0].startswith("rank 1 failed in this step: the backward")
+    assert answers[0][1] == means
+
+
 @slow
 def test_groups_do_not_hear_of_each_others_failures() -> None:
     """And what they hear names ranks as the launcher does."""
