@@ -251,10 +251,11 @@ class DataParallel(nn.Module, Joinable):
         differentiated = torch.is_grad_enabled()
         synchronize = differentiated and self.require_backward_grad_sync
         self._gradients.release()
+        if differentiated:
+            # First: it completes what a step that failed left on the way.
+            self._gradients.prepare(synchronize=synchronize)
         if self._join_config.enable:
             self._announce(synchronize)
-        if differentiated:
-            self._gradients.prepare(synchronize=synchronize)
         if synchronize:
             self._sync_buffers()
         if self.device_ids:

@@ -128,6 +128,17 @@ def raises_between_a_chains_forwards(rank: int) -> Answer:
     return _steps(first, step, rank, lost=2, raises=0, arm=arm)
 
 
+def raises_where_ranks_may_join(rank: int) -> Answer:
+    """Every forward tells ranks that ran out of inputs, behind what the lost step left."""
+    wrapped = _wrapped()
+
+    def arm() -> Callable[[], None]:
+        return wrapped.module.always.register_hook(_raise).remove
+
+    with wrapped.join():
+        return _steps(wrapped, lambda x: wrapped(torch.tensor(x)), rank, lost=1, raises=1, arm=arm)
+
+
 def goes_on_in_no_sync(rank: int) -> Answer:
     """Behind a backward that raised, rank 1 accumulates before its next average."""
     wrapped = _wrapped()

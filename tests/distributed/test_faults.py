@@ -136,6 +136,10 @@ def test_what_was_told_of_a_lost_step_is_not_told_again(
             marks=slow,
         ),
         pytest.param(
+            *("raises_where_ranks_may_join", 1, [(0.5, 0.5), (2.5, 2.5), (3.5, 3.5)]),
+            marks=slow,
+        ),
+        pytest.param(
             *("raises_between_a_chains_forwards", 0, [(0.5, 0.5), (1.5, 1.5), (3.5, 3.5)]),
             marks=slow,
         ),
