@@ -100,13 +100,20 @@ class GradientStep:
         self._scaled = False
         # The flag of gradients that were unscaled and that the scaler has not heard of.
         self._unreported: Tensor | None = None
-        # True within an optimizer's step, whose own optimizers (ZeroRedundancyOptimizer has one)
-        # find the gradients ready.
+        # True within an optimizer's step, which may have optimizers of its own, as
+        # ZeroRedundancyOptimizer has; and after one that raised.
         self.is_stepping = False
         self.norm: Tensor | None = None
         if scaler is not None:
             _SCALING.add(self)
             _watch_all_optimizers()
+
+    def is_ready(self) -> bool:
+        """Within an optimizer's step: may its own optimizers update with the gradients?
+
+        Not where an update raised that was to unscale them, and another optimizer comes next.
+        """
+        return self.is_stepping and not self._scaled
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hook `optimizer`'s steps."""
@@ -247,7 +254,7 @@ _watching: list[Any] = []
 def _adopt(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if optimizer not in _HOOKS:
         for step in list(_SCALING):
-            if step.serves(optimizer) and not step.is_stepping:
+            if step.serves(optimizer) and not step.is_ready():
                 step.adopt(optimizer)
 
 

@@ -324,6 +324,31 @@ def test_a_step_that_raised_may_be_tried_again(precision: Any, again: str) -> No
         assert ours.scaler.state_dict()["growth_tracker"] == scale["growth_tracker"] + 1
 
 
+def test_another_optimizer_after_a_step_that_raised_unscales(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gradients were to be divided by the update, which did not happen."""
+    model = network()
+    ours, optimizer = dpmem.wrap(model, fused("adam amsgrad", model), precision="fp16")
+    for step in range(2):
+        start_at_scale_8(ours)
+        optimizer.zero_grad()
+        ours(batch(step)).sum().backward()
+        if step == 0:
+            optimizer.step()
+    scaled = flat(p.grad for p in model.parameters())
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(importlib.import_module("torch.optim.adam"), "adam", no_memory)
+    with pytest.raises(RuntimeError, match="no memory"):
+        optimizer.step()
+    before = flat(model.parameters())
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert torch.allclose(before - flat(model.parameters()), scaled / 8, atol=1e-6)
+
+
 def test_a_step_that_raised_where_all_is_put_back() -> None:
     model = network()
     ours, optimizer = dpmem.wrap(model, fused("adamw", model), max_grad_norm=MAX_NORM)
