@@ -35,9 +35,12 @@ class PlanCheck:
         """
         if not self._is_unchecked:
             return
-        self._is_unchecked = False
         answer = self._lockstep.plan_of_next(member)
-        if answer is None or answer[1] == self._trained:
+        if answer is None:
+            # It failed: asked again in the step that all try next.
+            return
+        self._is_unchecked = False
+        if answer[1] == self._trained:
             return
         rank, theirs = answer
         pairs = zip(self._names, self._trained, theirs, strict=True)
