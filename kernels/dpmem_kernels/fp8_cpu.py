@@ -6,6 +6,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 from .fp8 import INFINITY_BITS, NAN_SCALE, PAST_LARGEST, Fp8Format
 from .numba_intrinsics import bits_to_float, decode, encode, float_to_bits, typed_array
@@ -14,7 +15,7 @@ from .numba_intrinsics import bits_to_float, decode, encode, float_to_bits, type
 _CHUNK = 256
 
 
-@numba.njit(cache=True)
+@loop()
 def _quantize_range(
     x: Any, codes: Any, scales: Any, group_size: int, layout: Any, first: int, last: int
 ) -> None:
@@ -48,7 +49,7 @@ def _quantize_range(
             codes[i] = np.uint32(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _quantize_parallel(x: Any, codes: Any, scales: Any, group_size: int, layout: Any) -> None:
     for chunk in numba.prange((scales.size + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK
@@ -56,7 +57,7 @@ def _quantize_parallel(x: Any, codes: Any, scales: Any, group_size: int, layout:
         _quantize_range(x, codes, scales, group_size, layout, first, last)
 
 
-@numba.njit(cache=True)
+@loop()
 def _dequantize_range(
     codes: Any, scales: Any, out: Any, group_size: int, layout: Any, first: int, last: int
 ) -> None:
@@ -82,7 +83,7 @@ def _dequantize_range(
             out[i] = encode(value * scale, out[i])
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _dequantize_parallel(codes: Any, scales: Any, out: Any, group_size: int, layout: Any) -> None:
     for chunk in numba.prange((scales.size + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 from .mask import BLOCK_BOOLS, BLOCK_BYTES
 from .numba_intrinsics import decode, typed_array
@@ -21,7 +22,7 @@ def _bit(element: Any) -> Any:
     return np.uint8(not decode(element) <= np.float32(0.0))
 
 
-@numba.njit(cache=True)
+@loop()
 def _pack_range(x: Any, bits: Any, first: int, last: int) -> None:
     """Blocks first .. last of x, whose elements are bytes 0 and 1 or stored floats."""
     for block in range(first, last):
@@ -34,7 +35,7 @@ def _pack_range(x: Any, bits: Any, first: int, last: int) -> None:
                 packed[byte] |= np.uint8(_bit(x[start + byte]) << shift)
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _pack_parallel(x: Any, bits: Any) -> None:
     blocks = bits.size // BLOCK_BYTES
     for chunk in numba.prange((blocks + _CHUNK - 1) // _CHUNK):
@@ -42,7 +43,7 @@ def _pack_parallel(x: Any, bits: Any) -> None:
         _pack_range(x, bits, first, min(first + _CHUNK, blocks))
 
 
-@numba.njit(cache=True)
+@loop()
 def _unpack_range(bits: Any, mask: Any, first: int, last: int) -> None:
     for block in range(first, last):
         packed = bits[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
@@ -53,7 +54,7 @@ def _unpack_range(bits: Any, mask: Any, first: int, last: int) -> None:
                 mask[start + byte] = np.uint8(packed[byte] >> shift) & np.uint8(1)
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _unpack_parallel(bits: Any, mask: Any) -> None:
     blocks = bits.size // BLOCK_BYTES
     for chunk in numba.prange((blocks + _CHUNK - 1) // _CHUNK):

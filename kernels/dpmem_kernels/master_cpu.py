@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 
 _INT16, _INT32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -69,27 +70,27 @@ def _joined(_context: Any, weight: Any, remainder: Any) -> Any:
 _CHUNK = 1 << 16
 
 
-@numba.njit(cache=True)
+@loop()
 def _split(master: Any, weight: Any, remainder: Any) -> None:
     for i in range(master.size):
         weight[i] = _weight(master[i])
         remainder[i] = _remainder(master[i])
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _split_parallel(master: Any, weight: Any, remainder: Any) -> None:
     for chunk in numba.prange((master.size + _CHUNK - 1) // _CHUNK):
         first, last = chunk * _CHUNK, (chunk + 1) * _CHUNK
         _split(master[first:last], weight[first:last], remainder[first:last])
 
 
-@numba.njit(cache=True)
+@loop()
 def _join(weight: Any, remainder: Any, master: Any) -> None:
     for i in range(master.size):
         master[i] = _joined(weight[i], remainder[i])
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _join_parallel(weight: Any, remainder: Any, master: Any) -> None:
     for chunk in numba.prange((master.size + _CHUNK - 1) // _CHUNK):
         first, last = chunk * _CHUNK, (chunk + 1) * _CHUNK

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 
 # Elements per unit of parallel work.
 _CHUNK = 1 << 16
 
 
-@numba.njit(cache=True)
+@loop()
 def _narrow_range(index: Any, codes: Any, low: int, span: int, first: int, last: int) -> Any:
     """Elements first .. last; how many lie outside [low, low + span)."""
     outside = np.int64(0)
@@ -25,7 +26,7 @@ def _narrow_range(index: Any, codes: Any, low: int, span: int, first: int, last:
     return outside
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _narrow_parallel(index: Any, codes: Any, low: int, span: int) -> int:
     outside = 0
     for chunk in numba.prange((index.size + _CHUNK - 1) // _CHUNK):
@@ -34,13 +35,13 @@ def _narrow_parallel(index: Any, codes: Any, low: int, span: int) -> int:
     return outside
 
 
-@numba.njit(cache=True)
+@loop()
 def _widen_range(codes: Any, index: Any, low: int, first: int, last: int) -> None:
     for i in range(first, last):
         index[i] = np.int64(codes[i]) + low
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _widen_parallel(codes: Any, index: Any, low: int) -> None:
     for chunk in numba.prange((index.size + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK

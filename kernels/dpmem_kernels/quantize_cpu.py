@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 from .numba_intrinsics import bits_to_float, decode, encode, float_to_bits, fma, typed_array
 from .philox import philox_scalar
@@ -142,7 +143,7 @@ def _quantize_group(
     return np.int32(scale_bits | (zero_bits >> np.uint32(16)))
 
 
-@numba.njit(cache=True)
+@loop()
 def _quantize_groups(
     x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any, first: int, last: int
 ) -> None:
@@ -167,7 +168,7 @@ def _quantize_groups(
         meta[g] = _quantize_group(padded, out, bits, noise, counter, random, random_halves)
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _quantize_parallel(
     x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any
 ) -> None:
@@ -207,7 +208,7 @@ def _dequantize_group(codes: Any, meta: Any, row: Any, bits: int) -> None:
             y3[e] = _value(codes[e], np.uint32(3 * step), mask, scale, zero, y0[e])
 
 
-@numba.njit(cache=True)
+@loop()
 def _dequantize_groups(
     codes: Any, meta: Any, out: Any, bits: int, group_size: int, first: int, last: int
 ) -> None:
@@ -224,7 +225,7 @@ def _dequantize_groups(
         row[:] = whole[: row.size]
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _dequantize_parallel(codes: Any, meta: Any, out: Any, bits: int, group_size: int) -> None:
     for chunk in numba.prange((meta.size + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK

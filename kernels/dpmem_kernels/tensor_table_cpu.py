@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from .cpu_loop import loop
 from .cpu_threads import threads_for
 from .numba_intrinsics import decode, encode, encode_computed, fma, typed_array
 from .tensor_table import DTYPES, Walk
@@ -140,7 +141,7 @@ def _read_in_streams(source: Any) -> Any:
 
 # A call handles the chunks of one dtype, whose code it is given, and numba compiles what it is
 # called with: `source_like` and `destination_like` are empty arrays whose dtypes select the loop.
-@numba.njit(cache=True)
+@loop()
 def _read_range(
     chunks: Any, code: int, sources: Any, source_like: Any, partials: Any, first: int, last: int
 ) -> None:
@@ -152,7 +153,7 @@ def _read_range(
             partials[c] = _read_in_streams(source) if code == 0 else _read(source)
 
 
-@numba.njit(cache=True)
+@loop()
 def _move_range(
     chunks: Any,
     code: int,
@@ -190,13 +191,13 @@ def _move_range(
             partials[c] = _move(source, destination, scale, False, False)
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _read_parallel(chunks: Any, code: int, sources: Any, source_like: Any, partials: Any) -> None:
     for c in numba.prange(len(chunks)):
         _read_range(chunks, code, sources, source_like, partials, c, c + 1)
 
 
-@numba.njit(cache=True, parallel=True)
+@loop(parallel=True)
 def _move_parallel(
     chunks: Any,
     code: int,
