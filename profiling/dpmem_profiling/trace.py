@@ -2,7 +2,7 @@
 
 The job's own code runs on fake tensors, which have shapes and no memory, under the tracker that
 also measures real steps. What CUDA does differently from the CPU is in `cuda_semantics` and
-`cuda_scratch`.
+`cuda_scratch`, what the CPU takes beside its results in `cpu_scratch`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dpmem_profiling.attribution import Attribution, Owned
+from dpmem_profiling.cpu_scratch import cpu_scratch
 from dpmem_profiling.cuda_scratch import CudaScratch
 from dpmem_profiling.cuda_semantics import Architecture, cuda_semantics
 from dpmem_profiling.in_place import InPlaceGradients
@@ -39,7 +40,7 @@ from dpmem_profiling.named_devices import cuda_is_here, here
 from dpmem_profiling.record import Category
 from dpmem_profiling.stand_in import StandIn, as_with_data, copies_stay_fake
 from dpmem_profiling.stepping import Stepper, raw_gradients_claimed
-from dpmem_profiling.tracker import Change, MemoryTracker, StorageInfo
+from dpmem_profiling.tracker import Change, MemoryTracker, ScratchOf, StorageInfo
 from dpmem_profiling.unknowns import CompiledRegions, history_of_lbfgs, recurrent, sharded
 
 # The first makes the optimizer's state, the second runs with it; no later one was seen to raise a
@@ -159,7 +160,9 @@ def trace(
     needs data, and whatever the job raises.
     """
     mode = _Fakes(allow_non_fake_inputs=True)
-    scratch = None if kernels is None else CudaScratch(kernels.cublas_workspace_bytes)
+    scratch: ScratchOf = cpu_scratch
+    if kernels is not None:
+        scratch = CudaScratch(kernels.cublas_workspace_bytes)
     semantics = nullcontext() if kernels is None else cuda_semantics(kernels.architecture)
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch, fakes=True)

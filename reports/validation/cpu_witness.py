@@ -28,13 +28,14 @@ from dpmem.text_gpt import ByteGPT, GPTSize, next_byte_loss
 from dpmem_profiling import Job, StepContext
 from dpmem_profiling.job import build, make_batch, run_step
 from dpmem_profiling.trace import STEPS, trace
+from dpmem_profiling.tracker import Change
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 CLASSES = 10
 Kind = Literal["transformer", "convolutions"]
-# How far the witness may be from the forecast: convolutions copy their operands into oneDNN's
-# layouts, which no operator returns and no forecast for a GPU counts.
+# How far the witness may be from the forecast: which of its kernels computes a convolution, and
+# with what buffers beside copies of its operands, oneDNN decides for each CPU.
 BARS: dict[Kind, float] = {"transformer": 0.01, "convolutions": 0.10}
 # What operators and kernels allocate with; what calls them is of interest.
 _ALLOCATING = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
@@ -65,6 +66,7 @@ class Row:
     batch_size: int
     wrapped: bool
     predicted_bytes: int
+    predicted_tensor_bytes: int
     witnessed_bytes: int
     tensor_bytes: int
     operator_at_peak: str
@@ -78,7 +80,7 @@ class Row:
     @property
     def tensor_gap(self) -> float:
         """The same, of what operators return."""
-        return self.tensor_bytes / self.predicted_bytes - 1
+        return self.tensor_bytes / self.predicted_tensor_bytes - 1
 
     @property
     def is_within(self) -> bool:
@@ -270,11 +272,20 @@ JOBS: tuple[tuple[Kind, int, Callable[[], Job]], ...] = (
 )
 
 
-def predicted_bytes(job: Job, batch_size: int) -> int:
-    """The peak of the traced job's last step, on this machine's CPU."""
+def predicted(job: Job, batch_size: int) -> tuple[int, int]:
+    """The peak of the traced job's last step, on this machine's CPU: of all, and of tensors."""
     traced = trace(job, batch_size, None, owned=owned_tensors)
-    live_bytes = list(accumulate(change.delta_bytes for change in traced.changes))
-    return max(live_bytes[max(traced.step_starts[-1] - 1, 0) :])
+
+    def is_scratch(change: Change) -> bool:
+        return change.storage is not None and traced.categories[change.storage] == "workspace"
+
+    def peak_bytes(sizes: Iterable[int]) -> int:
+        return max(list(accumulate(sizes))[max(traced.step_starts[-1] - 1, 0) :])
+
+    return (
+        peak_bytes(change.delta_bytes for change in traced.changes),
+        peak_bytes(0 if is_scratch(change) else change.delta_bytes for change in traced.changes),
+    )
 
 
 def witness(job: Job, batch_size: int) -> Witnessed:
@@ -366,14 +377,15 @@ def row(kind: Kind, batch_size: int, job: Job, *, wrapped: bool) -> Row:
     """One job, forecast and run."""
     if wrapped:
         job = replace(job, wrap=partial(dpmem.wrap, activations="4bit"))
-    predicted = predicted_bytes(job, batch_size)
+    predicted_bytes, predicted_tensor_bytes = predicted(job, batch_size)
     witnessed = witness(job, batch_size)
     return Row(
         job=job.name,
         kind=kind,
         batch_size=batch_size,
         wrapped=wrapped,
-        predicted_bytes=predicted,
+        predicted_bytes=predicted_bytes,
+        predicted_tensor_bytes=predicted_tensor_bytes,
         witnessed_bytes=witnessed.peak_bytes,
         tensor_bytes=witnessed.tensor_bytes,
         operator_at_peak=witnessed.operator,
@@ -403,12 +415,13 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"transformers, {BARS['convolutions']:.0%} for convolutions. The largest gap of tensors is",
         f"{max(abs(row.tensor_gap) for row in rows):.2%}.",
         "",
-        "The gap of convolutions is oneDNN's: it computes in layouts of its own (aBcd8b on this",
-        "machine), and copies operands and results into them and back inside",
-        "`aten::convolution_backward` (`torch.backends.mkldnn.verbose` lists the reorders). The",
-        "last column has these blocks. They are as large as one layer's maps or weights, whatever",
-        "is saved of the other layers, and so weigh more where saved maps are compressed. Maps in",
-        "channels_last oneDNN takes as they are.",
+        "The blocks of the last column are oneDNN's: it computes in layouts of its own, and copies",
+        "operands and results into them and back (`torch.backends.mkldnn.verbose` lists the",
+        "reorders). They are as large as one layer's maps or weights, whatever is saved of the",
+        "other layers, and so weigh more where saved maps are compressed. `cpu_scratch.py` of",
+        "dpmem_profiling forecasts them, for vectors as this machine has them:",
+        f"{torch.backends.cpu.get_cpu_capability()}. What it does not is what oneDNN takes where",
+        "it computes products of matrices in place of a convolution.",
         "",
         "| job | batch | wrapped | predicted B | witnessed B | gap | within | gap of tensors"
         " | at the peak | blocks given back, B |",
