@@ -1,14 +1,14 @@
-"""What convolutions on a CPU allocate beside their results: copies in oneDNN's layouts.
+"""What operators on a CPU allocate beside their results: copies in other layouts.
 
-In float32 on x86. oneDNN computes on maps and weights whose channels lie in blocks, as many as a
-vector register holds, and gives everything back when the operator returns. Which of its kernels
-runs, and what buffers of its own that takes, is its decision (torch.backends.mkldnn.verbose tells):
-grouped convolutions, and matrix products in place of convolutions, are not followed further than
-this.
+Of convolutions in float32, on x86: oneDNN computes on maps and weights whose channels lie in
+blocks, as many as a vector register holds, and gives everything back when the operator returns.
+Which of its kernels runs, and what buffers of its own that takes, is its decision
+(torch.backends.mkldnn.verbose tells): grouped convolutions, and matrix products in place of
+convolutions, are not followed further than this.
 
 Sources: aten/src/ATen/native/mkldnn/Conv.cpp, its note on memory formats and the order of what it
-does; ConvParams.use_mkldnn in aten/src/ATen/native/Convolution.cpp; oneDNN's guide, on memory
-format propagation.
+does; use_mkldnn and determine_backend_memory_format in aten/src/ATen/native/Convolution.cpp;
+aten/src/ATen/native/cpu/MaxPoolKernel.cpp; oneDNN's guide, on memory format propagation.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch._prims_common import suggest_memory_format
 from dpmem_profiling.tracker import Scratch
 
 _aten = torch.ops.aten
+_CONTIGUOUS = torch.contiguous_format
 _VECTORS = {"AVX2": 8, "AVX512": 16}
 
 
@@ -39,11 +40,12 @@ def cpu_scratch(func: Any, args: Any, result: Any) -> Iterator[Scratch]:
 
 def _convolution(args: Any, result: Tensor, block: int) -> int:
     x, weight, _, stride, _, dilation, _, _, groups = args[:9]
+    layout = _layout(x, weight)
+    copied_bytes = _copies(layout, x, weight)
     if not _is_onednns(x, weight, stride, dilation, groups):
-        return 0
-    layout, copied_bytes = _made_contiguous(x, weight, x, weight)
+        return copied_bytes
     weight_bytes = _weight(weight, groups, block, layout)
-    if layout is not torch.contiguous_format:
+    if layout is not _CONTIGUOUS:
         return copied_bytes + weight_bytes
     return copied_bytes + max(_map(x, groups, block) + weight_bytes, _map(result, groups, block))
 
@@ -51,17 +53,18 @@ def _convolution(args: Any, result: Tensor, block: int) -> int:
 def _convolution_backward(args: Any, result: Any, block: int) -> int:
     grad_out, x, weight = args[:3]
     stride, _, dilation, _, _, groups = args[4:10]
+    layout = _layout(x, weight)
+    copied_bytes = _copies(layout, grad_out, x, weight)
     if not _is_onednns(x, weight, stride, dilation, groups):
-        return 0
-    layout, copied_bytes = _made_contiguous(x, weight, grad_out, x, weight)
+        return copied_bytes
     grad_x, grad_weight, _ = result
     weight_bytes = _weight(weight, groups, block, layout)
     sizes = [0]
     if grad_weight is not None:
         # From its blocks into rows, and in channels_last from rows into that.
-        rows_bytes = 0 if layout is torch.contiguous_format else _bytes(grad_weight)
+        rows_bytes = 0 if layout is _CONTIGUOUS else _bytes(grad_weight)
         sizes.append(weight_bytes + rows_bytes)
-    if layout is torch.contiguous_format:
+    if layout is _CONTIGUOUS:
         if grad_weight is not None:
             padding_bytes = weight_bytes - _bytes(grad_weight)
             sizes.append(_map(grad_out, groups, block) + _map(x, groups, block) + padding_bytes)
@@ -69,6 +72,11 @@ def _convolution_backward(args: Any, result: Any, block: int) -> int:
             sizes.append(_map(grad_out, groups, block) + weight_bytes)
             sizes.append(_map(grad_x, groups, block))
     return copied_bytes + max(sizes)
+
+
+def _max_pool_backward(args: Any, result: Tensor, block: int) -> int:
+    grad_out, indices = args[0], args[-1]
+    return _copies(_layout(grad_out), grad_out, indices, result)
 
 
 def _is_onednns(x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int) -> bool:
@@ -82,16 +90,15 @@ def _is_onednns(x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: i
     return groups > 1 or is_wide or x.shape[0] > 1 or x.numel() > 20480
 
 
-def _made_contiguous(
-    x: Tensor, weight: Tensor, *operands: Tensor
-) -> tuple[torch.memory_format, int]:
-    """The layout for all operands, and the bytes of those that are copied into it."""
-    formats = [suggest_memory_format(x), suggest_memory_format(weight)]
-    layout = next(
-        (one for one in formats if one is not torch.contiguous_format), torch.contiguous_format
-    )
-    copied = (one for one in operands if not one.is_contiguous(memory_format=layout))
-    return layout, sum(map(_bytes, copied))
+def _layout(*operands: Tensor) -> torch.memory_format:
+    """That of all operands of an operator: any that is in channels_last decides."""
+    formats = map(suggest_memory_format, operands)
+    return next((one for one in formats if one is not _CONTIGUOUS), _CONTIGUOUS)
+
+
+def _copies(layout: torch.memory_format, *operands: Tensor) -> int:
+    """Bytes of those that are laid out otherwise."""
+    return sum(_bytes(one) for one in operands if not one.is_contiguous(memory_format=layout))
 
 
 def _map(maps: Tensor, groups: int, block: int) -> int:
@@ -110,7 +117,7 @@ def _weight(weight: Tensor, groups: int, block: int, layout: torch.memory_format
     """
     ins, outs = weight.shape[1], weight.shape[0] // groups
     if groups > 1 and ins == outs == 1:
-        is_padded = block == 16 and layout is not torch.contiguous_format
+        is_padded = block == 16 and layout is not _CONTIGUOUS
         blocks = block * block if is_padded else 1
     elif groups == 1 and ins in (1, 3):
         blocks = ins * _multiple(outs, block)
@@ -132,4 +139,5 @@ def _bytes(tensor: Tensor) -> int:
 _RULES = {
     _aten.convolution.default: _convolution,
     _aten.convolution_backward.default: _convolution_backward,
+    _aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
 }

@@ -3,7 +3,7 @@
 Each job is trace()d as the CPU would run it, on tensors without data, and then run for real under
 torch.profiler with profile_memory=True, whose events are the CPU allocator's. Nothing of dpmem
 watches the real step. Each job as it is and under `dpmem.wrap(activations="4bit")`; networks of
-convolutions in channels_last, too, which oneDNN computes without copies. Peaks of the last of STEPS
+convolutions in channels_last, too, whose maps oneDNN takes as they are. Peaks of the last of STEPS
 steps. Writes cpu_witness.json and cpu_witness.md beside this file; minutes on one core.
 """
 
@@ -40,7 +40,7 @@ BARS: dict[Kind, float] = {"transformer": 0.01, "convolutions": 0.10}
 # What operators and kernels allocate with; what calls them is of interest.
 _ALLOCATING = {"aten::empty", "aten::empty_strided", "aten::empty_like"}
 # One operator for autograd, and for a forecast, whatever it calls within.
-_WHOLE = {"aten::convolution_backward"}
+_WHOLE = {"aten::convolution_backward", "aten::max_pool2d_with_indices_backward"}
 
 
 class Witnessed(NamedTuple):
@@ -415,11 +415,11 @@ def table(rows: Sequence[Row]) -> list[str]:
         f"transformers, {BARS['convolutions']:.0%} for convolutions. The largest gap of tensors is",
         f"{max(abs(row.tensor_gap) for row in rows):.2%}.",
         "",
-        "The blocks of the last column are oneDNN's: it computes in layouts of its own, and copies",
-        "operands and results into them and back (`torch.backends.mkldnn.verbose` lists the",
-        "reorders). They are as large as one layer's maps or weights, whatever is saved of the",
-        "other layers, and so weigh more where saved maps are compressed. `cpu_scratch.py` of",
-        "dpmem_profiling forecasts them, for vectors as this machine has them:",
+        "The blocks of the last column are copies, mostly oneDNN's: it computes in layouts of its",
+        "own, and copies operands and results into them and back (`torch.backends.mkldnn.verbose`",
+        "lists the reorders). They are as large as one layer's maps or weights, whatever is saved",
+        "of the other layers, and so weigh more where saved maps are compressed. `cpu_scratch.py`",
+        "of dpmem_profiling forecasts them, for vectors as this machine has them:",
         f"{torch.backends.cpu.get_cpu_capability()}. What it does not is what oneDNN takes where",
         "it computes products of matrices in place of a convolution.",
         "",

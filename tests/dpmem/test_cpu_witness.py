@@ -46,7 +46,8 @@ def test_a_forecast_is_what_the_allocator_gave(witness: ModuleType, name: str) -
     assert job.name == name
     for row in witness.rows_of(kind, batch_size, job):
         # The only difference there may be is what an operator takes and gives back itself: named,
-        # and for convolutions alone. It is oneDNN's, so a bar on it would be a bar on the machine.
+        # and for convolutions alone. Of it copies are forecast; buffers of oneDNN's own are not, so
+        # a bar on them would be a bar on the machine.
         assert abs(row.tensor_gap) <= 0.01, row
         if kind == "transformer":
             assert row.is_within, row

@@ -106,3 +106,25 @@ def test_frozen_weights_need_less() -> None:
 
     made = job(conv(16, 32, 3), frozen, side=24)
     assert forecast_bytes(made) == allocated_bytes(made)
+
+
+def test_the_gradient_decides_how_a_pooling_is_laid_out() -> None:
+    """Of a flattened map it is contiguous: indices and the input's gradient are copied to be so."""
+
+    def pooled() -> nn.Module:
+        return nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Unflatten(1, (32, 12, 12)))
+
+    made = job(conv(16, 32, 1), pooled, side=24, channels_last=True)
+    assert forecast_bytes(made) == allocated_bytes(made)
+
+
+class Summed(nn.Module):
+    """Whose gradient is expanded: of its channels one is there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1, keepdim=True)
+
+
+def test_an_expanded_gradient_is_filled_for_any_convolution() -> None:
+    made = job(conv(16, 64, 1), Summed, side=24)
+    assert forecast_bytes(made) == allocated_bytes(made)
