@@ -43,6 +43,7 @@ from dpmem_profiling import (
     search,
 )
 from dpmem_profiling.estimate import BAND_ABOVE, outside_bytes_of
+from dpmem_profiling.extrapolate import Requests
 from dpmem_profiling.gpus import gpu as gpu_named
 from dpmem_profiling.tried import Tried, in_multiples, timed_between
 
@@ -212,7 +213,8 @@ class _Prober:
         if self._ranks is None:
             done, error = self._try(batch)
         else:
-            said = self._ranks.all_say(lambda: self._try(batch)[0], why_failed)
+            # Not what each asked of its allocator, which is much to tell and alike on all.
+            said = self._ranks.all_say(lambda: self._try(batch)[0].told(), why_failed)
             # In children, others fail for want of the one that failed first.
             failed = self._ranks.first_failed()
             done = max(said, key=_badness) if failed is None else said[failed]
@@ -275,8 +277,9 @@ def _badness(probe: Probe) -> tuple[bool, int]:
 def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int | None) -> Probe:
     """Run `job` at one batch size. Raises whatever the job does, but not for memory."""
     retries = _allocator_retries(device)
+    requests: list[Requests] = []
     try:
-        record = measure_within(job, batch, device, limit_bytes)
+        record = measure_within(job, batch, device, limit_bytes, requests.append)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -293,6 +296,7 @@ def measured_probe(job: Job, batch: int, device: torch.device, limit_bytes: int 
         peak_by_phase=record.peak_by_phase,
         batch_bytes=record.peak_by_category.get("input", 0),
         growth_bytes=record.growth_bytes,
+        requests=requests[0] if requests else None,
     )
 
 

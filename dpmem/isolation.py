@@ -208,7 +208,8 @@ def _probe(
         return Probe(batch, "error", error=describe(error))
     if room.peak is None or done.outcome != "fits":
         return done
-    return replace(done, reserved_bytes=process_peak_bytes(room.peak))
+    # What a process is beyond its tensors grows otherwise than by what they ask for.
+    return replace(done, reserved_bytes=process_peak_bytes(room.peak), requests=None)
 
 
 def _explain(pickled: bytes, result: BatchSizeResult, device: torch.device) -> str:

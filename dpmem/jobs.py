@@ -1,6 +1,6 @@
 """What people do with a Job: measure it, report on it; and what memory there is for that."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from dpmem_profiling import (
     measure,
     write_report,
 )
+from dpmem_profiling.extrapolate import Requests
 
 # A step that takes less is timed again: others on the machine take milliseconds at a time.
 TIMING_S = 0.1
@@ -120,7 +121,11 @@ def report(
 
 
 def measure_within(
-    job: Job, batch: int, device: torch.device, limit_bytes: int | None
+    job: Job,
+    batch: int,
+    device: torch.device,
+    limit_bytes: int | None,
+    on_requests: Callable[[Requests], None] | None = None,
 ) -> MemoryRecord:
     """What a probe measures. Raises MemoryLimitExceeded where a step exceeds the limit."""
     # One step to make the optimizer's state and the buckets, one to record, one or more to time.
@@ -133,4 +138,5 @@ def measure_within(
         limit_bytes=limit_bytes,
         # Ranks take as many steps as each other.
         timing_s=0.0 if is_one_of_many() else TIMING_S,
+        on_requests=on_requests,
     )

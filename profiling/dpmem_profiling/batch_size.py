@@ -1,17 +1,18 @@
 """The largest batch that fits, from a handful of probes.
 
-Two small probes tell what larger batches are expected to take (`outlook`): by a line for each phase
-of the step, or by a forecast that they correct. That proposes the answer, and one probe confirms
-it. Where it is wrong (an algorithm changes with the size, memory fragments) or only the total is
-known, the search brackets: each further probe at least narrows what is possible, and three that did
-not halve it are followed by one that does.
+Two small probes tell what larger batches are expected to take (`outlook`): by what their steps
+asked of the allocator, by a forecast that they correct, or by a line for each phase of the step.
+That proposes the answer, and one probe confirms it. Where it is wrong (an algorithm changes with
+the size, memory fragments) or only the total is known, the search brackets: each further probe at
+least narrows what is possible, and three that did not halve it are followed by one that does.
 
 What is measured and what is inferred: every batch size in the answer was itself probed and fitted.
 That a percent more does not fit was either probed too, or inferred from what had predicted the
 confirming probe to within half of that and puts more over by more than it was off; `limited_by`
-says which. Reserved bytes grow in stairs: from them something is inferred only by a forecast that
-was right about every probe, the first batch of a stair among them. A peak that falls again beyond a
-batch that failed is not looked for.
+says which. Reserved bytes grow in stairs: from them something is inferred only where the confirming
+probe asked, block by block, for what two others let expect, or by a forecast that was right about
+every probe, the first batch of a stair among them. A peak that falls again beyond a batch that
+failed is not looked for.
 
 Some jobs refuse small batches: batch normalization one sample, micro-batches what they cannot
 split. The search starts at the first of `FIRST_BATCHES` that does not end in an error.
@@ -22,7 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dpmem_profiling.outlook import Corrected, Outlook, first_reach, outlook
+from dpmem_profiling.outlook import (
+    NEAREST,
+    Corrected,
+    Outlook,
+    Replayed,
+    first_reach,
+    outlook,
+    replayed,
+    tolerance,
+)
 from dpmem_profiling.record import BatchSizeResult, Probe, Source
 from dpmem_profiling.units import format_bytes
 
@@ -57,12 +67,14 @@ def search(
 
     On a straight line this takes 4 probes, or 3 where both answers agree: for a peak of
     100 + 10 * batch with limit_bytes=1000 and margin_bytes=100 it tries 1, 4, 80 and 90, and
-    answers largest_safe=80, largest_fitting=90.
+    answers largest_safe=80, largest_fitting=90. The same on any curve where probes have `requests`
+    that are alike but for sizes, each a line in the batch.
 
     `forecast` says what a batch is expected to take, in the bytes that probes name, a staircase of
     reserved ones included. The search then begins with a quarter of what it proposes, goes on with
-    nine tenths, and confirms the answer with the third probe where the forecast, once it is
-    corrected by the first two, is right about it. A forecast never stands in for a probe that fits.
+    nine tenths, and confirms the answer with the third probe where the requests of the first two,
+    or else the forecast corrected by them, are right about it. A forecast never stands in for a
+    probe that fits.
 
     Raises ValueError for a limit that is not positive, a margin that is negative or leaves nothing,
     a max_batch below 1, and a probe that fits without naming its peak.
@@ -94,7 +106,7 @@ def search(
         limit_bytes=limit_bytes,
         margin_bytes=margin_bytes,
         source=source,
-        probes=tuple(hunt.probes.values()),
+        probes=tuple(done.told() for done in hunt.probes.values()),
         curve=tuple(sorted(hunt.peaks.items())),
         limited_by=_limited_by(hunt, largest_fitting, largest_safe, limit_bytes, margin_bytes),
     )
@@ -117,8 +129,13 @@ class _Search:
         self.max_batch = max_batch
         self.probes: dict[int, Probe] = {}
         self.peaks: dict[int, int] = {}
+        # What two probes asked of the allocator, for their pair.
+        self._replayed: dict[tuple[int, int], Replayed] = {}
+        self._replays = True
         # How far what was expected was off, where that was within half a sample.
         self._foreseen: dict[int, float] = {}
+        # By what it was inferred that a percent more does not fit.
+        self.inferred_by: dict[int, str] = {}
         # The smallest batch that the job takes; the last one tried where it takes none.
         self.first = self._start(target_bytes)
 
@@ -148,22 +165,27 @@ class _Search:
         while True:
             failure = self._first_failure(target_bytes)
             best = max((batch for batch in self.peaks if batch < failure), default=None)
-            if best is None or failure - best <= 1 + _tolerance(best):
+            if best is None or failure - best <= 1 + tolerance(best):
                 return best
             # How many probes since what is possible was last halved.
             slow = 0 if failure - best <= width / 2 else slow + 1
             width = failure - best if slow == 0 else width
             measured = failure in self.peaks
-            beyond = outlook(self.probes, self.peaks, best, failure, self.forecast)
+            beyond = self._beyond(best, failure)
             if beyond.is_rising:
                 aim = beyond.reach(target_bytes, failure)
                 if isinstance(beyond, Corrected) and len(self.peaks) == 1:
+                    # One probe may lie low on a stair that the forecast has elsewhere.
+                    aim = min(aim, first_reach(beyond.forecast, target_bytes, best, failure))
                     aim = int(CAUTIOUS * aim)
                     # Where a forecast that is too high shows it.
                     aim = beyond.stair_start(aim) or aim
-                over_bytes = beyond.at(best + 1 + _tolerance(best)) - target_bytes
-                if self._foreseen.get(best, math.inf) < over_bytes < math.inf:
-                    return best
+                error_bytes = self._foreseen.get(best)
+                if error_bytes is not None:
+                    over_bytes = self._most_bytes(beyond, best) - target_bytes
+                    if error_bytes < over_bytes < math.inf:
+                        self.inferred_by[best] = beyond.words
+                        return best
             else:
                 # Half of what would fit if the peak had no part that stays the same.
                 aim = max(GROWTH * best, best * target_bytes // (2 * self.peaks[best] or 1))
@@ -175,13 +197,26 @@ class _Search:
                     # A line that reaches little further than what it was drawn by, or fragments,
                     # which no line foresees, are off by a few percent; halving comes after.
                     aim = max(aim, failure - int(failure * STEP_BACK * 2**refusals))
-            aim = min(max(aim, best + 1 + _tolerance(best)), failure - 1)
+            aim = min(max(aim, best + 1 + tolerance(best)), failure - 1)
             self._try(aim, beyond)
             refusals = 0 if aim in self.peaks else refusals + 1
             if refusals == 2:
                 # Wrong about this device: lines and halving get there sooner.
                 self.forecast = None
+                self._replays = False
                 self._foreseen.clear()
+
+    def _beyond(self, best: int, failure: int) -> Outlook:
+        known = replayed(self.probes, self.peaks, best, failure) if self._replays else None
+        if known is None or (self.forecast is not None and not known.forecast.is_plain):
+            return outlook(self.probes, self.peaks, best, failure, self.forecast)
+        # What it worked out already is worth keeping.
+        return self._replayed.setdefault((known.best, known.other or 0), known)
+
+    def _most_bytes(self, beyond: Outlook, best: int) -> float:
+        """What is expected of the one that takes most of the next percent: peaks may fall again."""
+        last = best + 1 + tolerance(best)
+        return max(beyond.at(batch) for batch in {*range(best + 1, last)[:NEAREST], last})
 
     def lowest_failure(self, target_bytes: int) -> int | None:
         """The smallest probed batch that does not fit, None where all did."""
@@ -216,7 +251,7 @@ class _Search:
         done = self._probe(batch)
         self.probes[batch] = done
         if self._on_probe is not None:
-            self._on_probe(done)
+            self._on_probe(done.told())
         if done.outcome != "fits":
             return
         peak_bytes = _peak_bytes(done)
@@ -230,17 +265,11 @@ class _Search:
             return
         error_bytes, slope = abs(peak_bytes - before.at(batch)), before.slope(batch)
         if self._has_stairs():
-            # One more step may hide many samples, unless the forecast knows where it is.
-            if not isinstance(before, Corrected) or before.late(batch) >= 2 + _tolerance(batch):
-                return
-            error_bytes += before.off_bytes
-        if slope > 0 and error_bytes <= slope * (1 + _tolerance(batch)) / 2:
+            error_bytes += before.hidden_bytes(done)
+        is_close = slope > 0 and error_bytes <= slope * (1 + tolerance(batch)) / 2
+        # What is reserved may fall from one batch to the next, and be foreseen for all that.
+        if is_close or (isinstance(before, Replayed) and error_bytes == 0):
             self._foreseen[batch] = error_bytes
-
-
-def _tolerance(batch: int) -> int:
-    """How many samples more, a percent, are not worth another probe."""
-    return batch // 100
 
 
 def _peak_bytes(probe: Probe) -> int | None:
@@ -281,7 +310,7 @@ def _limited_by(
             return f"max_batch={hunt.max_batch}; the peak does not grow with the batch"
         return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
     failure = hunt.lowest_failure(limit_bytes - margin_bytes)
-    if failure is not None and failure - largest_safe <= 1 + _tolerance(largest_safe):
+    if failure is not None and failure - largest_safe <= 1 + tolerance(largest_safe):
         if hunt.probes[failure].outcome == "slow":
             return f"time: batch {failure} {hunt.probes[failure].error}"
         if hunt.probes[failure].outcome == "error":
@@ -290,12 +319,8 @@ def _limited_by(
         if hunt.peaks.get(failure, limit_bytes + 1) <= limit_bytes:
             return f"memory: batch {failure} was tried and leaves too little of it free"
         return f"memory: batch {failure} was tried and takes too much"
-    by = (
-        "the forecast, which the probes bear out"
-        if hunt.forecast
-        else "the line through the probes"
-    )
+    by = hunt.inferred_by[largest_safe]
     return (
         f"memory: {format_bytes(per_sample)} a sample, so batch "
-        f"{largest_safe + 1 + _tolerance(largest_safe)} would take too much by {by}"
+        f"{largest_safe + 1 + tolerance(largest_safe)} would take too much by {by}"
     )

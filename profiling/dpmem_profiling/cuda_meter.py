@@ -24,7 +24,9 @@ import torch
 
 from dpmem_profiling import nvml
 from dpmem_profiling.allocator_settings import MIN_BLOCK_BYTES
+from dpmem_profiling.extrapolate import Recorder, Requests
 from dpmem_profiling.record import TimelinePoint
+from dpmem_profiling.snapshot import snapshot_of
 from dpmem_profiling.timeline import Replay
 from dpmem_profiling.tracker import Change
 from dpmem_profiling.units import format_bytes
@@ -114,6 +116,59 @@ class CudaMeter:
         self.device = device
         self.outside_bytes = torch.cuda.memory_allocated(device)
         self.step: CudaStep | None = None
+        # Of all within `remembering`, to the end of the step that is watched; None if not known.
+        self.requests: Requests | None = None
+        self._recorder: Recorder | None = None
+        self._is_remembering = False
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Remember what is asked of the allocator inside the block: `requests`, after `watching`.
+
+        The recording is of sizes and addresses alone, no stacks; a step is timed without it. Not
+        known where the allocator keeps no history, where somebody else records it, and where the
+        process uses private memory pools or settings that the model does not cover.
+        """
+        with ExitStack() as undo:
+            if self._starts_equal() and self._record_history(undo, []):
+                self._is_remembering = True
+                self.outside_bytes = torch.cuda.memory_allocated(self.device)
+                started = snapshot_of(torch.cuda.memory._snapshot())
+                held = [of.segments for of in started.devices if of.device == self.device.index]
+                self._recorder = Recorder(started.settings, *held)
+            yield
+
+    def _starts_equal(self) -> bool:
+        """Give up what another batch left behind, as none after this one will find it; False where
+        that is not safe, or what is held is not for the model."""
+        if torch.cuda.get_allocator_backend() != "native":
+            return False
+        try:
+            snapshot_of(torch.cuda.memory._snapshot())
+        except ValueError:
+            return False
+        # A captured graph may use its workspace for ever; but that is in a private pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        return True
+
+    def _remember(self, trace: Sequence[Mapping[str, Any]]) -> None:
+        """Add one device's trace to what is remembered."""
+        recorder = self._recorder
+        if recorder is None or len(trace) >= HISTORY_EVENTS:
+            self._recorder = None
+            return
+        for event in trace:
+            action, address = event["action"], event.get("addr", 0)
+            if action == "alloc":
+                recorder.takes(address, event["size"], event["stream"])
+            elif action == "free_completed" and recorder.knows(address):
+                # Until then the block serves no other request.
+                recorder.gives(address)
+            elif action in ("free_completed", "oom", "segment_free", "segment_unmap"):
+                # Memory of another thread's, or given back to the device: no batch repeats it.
+                self._recorder = None
+                break
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -133,17 +188,27 @@ class CudaMeter:
                 torch.cuda.memory_allocated(self.device) - self.outside_bytes,
                 torch.cuda.memory_reserved(self.device),
             )
+            if self._is_remembering:
+                self._remember(self._trace())
             recording = self._record_history(undo, notes)
             yield
             torch.cuda.synchronize(self.device)
-            trace = torch.cuda.memory._snapshot()["device_traces"] if recording else ()
+            trace = self._trace() if recording else ()
+            self._remember(trace)
+            if self._recorder is not None:
+                self.requests = self._recorder.requests()
         self.step = CudaStep(
             allocated_bytes=torch.cuda.max_memory_allocated(self.device) - self.outside_bytes,
             reserved_bytes=torch.cuda.max_memory_reserved(self.device),
             device_bytes=_sampled_peak(sampler, notes),
-            history=_history(start, trace[self.device.index], notes) if recording else (),
+            history=_history(start, trace, notes) if recording else (),
             notes=tuple(notes),
         )
+
+    def _trace(self) -> Sequence[Mapping[str, Any]]:
+        trace: Sequence[Mapping[str, Any]]
+        trace = torch.cuda.memory._snapshot()["device_traces"][self.device.index]
+        return trace
 
     def _sampler(self, undo: ExitStack, notes: list[str]) -> nvml.Sampler | None:
         uuid = str(torch.cuda.get_device_properties(self.device).uuid)
@@ -158,7 +223,7 @@ class CudaMeter:
         if backend != "native":
             notes.append(f"The allocator {backend} keeps no history, so {_LACKS}")
             return False
-        if torch._C._cuda_isHistoryEnabled():
+        if not self._is_remembering and torch._C._cuda_isHistoryEnabled():
             notes.append(f"This process records the allocator's history itself, so {_LACKS}")
             return False
         record = torch.cuda.memory._record_memory_history

@@ -21,6 +21,7 @@ import torch
 from dpmem_profiling.allocator_settings import MIN_BLOCK_BYTES
 from dpmem_profiling.attribution import Attribution, Owned
 from dpmem_profiling.cuda_meter import UNTRACKED, CudaMeter
+from dpmem_profiling.extrapolate import Requests, requests_of
 from dpmem_profiling.in_place import InPlaceGradients
 from dpmem_profiling.job import Built, Job, StepContext, build, make_batch, run_step
 from dpmem_profiling.record import Category, MemoryRecord
@@ -42,6 +43,7 @@ def measure(
     limit_bytes: int | None = None,
     world_size: int = 1,
     timing_s: float = 0.0,
+    on_requests: Callable[[Requests], None] | None = None,
 ) -> MemoryRecord:
     """Build the job, run `warmup_steps` steps, record one more, time another, and tear it all down.
 
@@ -54,6 +56,9 @@ def measure(
     world_size    written into the record; the bytes are this process's
     timing_s      time up to five steps within so long, one at least; the fastest counts. How many
                   depends on the clock, so it is not for steps that wait for other processes'.
+    on_requests   told what was asked of the allocator, in order: on CUDA by the recorded step and
+                  all before it, and on the CPU by its tensors within the recorded step. Not told
+                  where CUDA does not say
 
     Afterwards, also after an error, the memory is free and the random states of torch (CPU and
     CUDA), Python and NumPy are what they were.
@@ -74,7 +79,15 @@ def measure(
     with _random_states_kept(), _garbage_collected():
         try:
             return _measure(
-                job, batch_size, where, warmup_steps, owned, limit_bytes, world_size, timing_s
+                job,
+                batch_size,
+                where,
+                warmup_steps,
+                owned,
+                limit_bytes,
+                world_size,
+                timing_s,
+                on_requests,
             )
         except BaseException as error:
             # Ctrl-C, too, holds the frames that it interrupted.
@@ -103,13 +116,15 @@ def _measure(
     limit_bytes: int | None,
     world_size: int,
     timing_s: float,
+    on_requests: Callable[[Requests], None] | None,
 ) -> MemoryRecord:
     cuda = _cuda_meter(device)
     block_bytes = 1 if cuda is None else MIN_BLOCK_BYTES
     tracker = MemoryTracker(device, block_bytes=block_bytes, limit_bytes=limit_bytes)
     attribution = Attribution(tracker, owned, wrapped=job.wrap is not None)
     in_place = InPlaceGradients()
-    with tracker, in_place:
+    remembering = nullcontext() if cuda is None or on_requests is None else cuda.remembering()
+    with remembering, tracker, in_place:
         with tracker.paused():
             in_place.calibrate()
         tracker.stage = "building the model"
@@ -131,6 +146,10 @@ def _measure(
             # What waits for the collector was collected before the step, too.
             gc.collect()
             persistent = tracker.live()
+    if on_requests is not None:
+        requests = requests_of(live_at_start, changes) if cuda is None else cuda.requests
+        if requests is not None:
+            on_requests(requests)
     cuda_step = None if cuda is None else cuda.step
     if cuda_step is not None:
         live_at_start, changes = cuda_step.with_untracked(live_at_start, changes)

@@ -1,9 +1,10 @@
 """What batches that were not tried are expected to take, judged by those that were: an outlook.
 
-Without a forecast: each phase of a step is close to a straight line in the batch size, so small
-batches that peak in the optimizer's step still tell of large ones that peak in forward. With one:
-the forecast, plus the line through what it was off where it was held to probes. That knows the
-staircase in which an allocator reserves, which no few probes can show.
+Best by what two of them asked of the allocator, which tells what any other would ask (`Requests`).
+With a forecast: that, plus the line through what it was off where it was held to probes. Both know
+the staircase in which an allocator reserves, which peaks alone cannot show. Without either: each
+phase of a step is close to a straight line in the batch size, so small batches that peak in the
+optimizer's step still tell of large ones that peak in forward.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+from dpmem_profiling.extrapolate import Extrapolated
 from dpmem_profiling.record import Probe
 
 # A slope is taken over at least the last sixteenth, or allocator rounding would drown it.
 LOCAL = 15 / 16
+# So many batches next to one that is proposed are looked at, each of them.
+NEAREST = 16
+# More requests than this are not replayed: each time takes most of a second.
+MOST_REPLAYED = 100_000
 # How far below a batch its stair is looked for, as a part of it.
 STAIR = 0.9
 
@@ -25,7 +31,10 @@ class Outlook(Protocol):
     """Beyond a batch that fits.
 
     is_rising  the peak is expected to grow with the batch
+    words      what it is made of
     """
+
+    words: ClassVar[str]
 
     @property
     def is_rising(self) -> bool: ...
@@ -40,6 +49,10 @@ class Outlook(Protocol):
 
     def slope(self, batch: int) -> float:
         """Bytes a sample, from the batch that fits to `batch`."""
+        ...
+
+    def hidden_bytes(self, probe: Probe) -> float:
+        """How far it may be off beyond `probe`, right about it, where peaks grow in stairs."""
         ...
 
 
@@ -58,6 +71,7 @@ class Line(NamedTuple):
 class Lines:
     """The highest of several lines that start at the batch `best`."""
 
+    words: ClassVar[str] = "the line through the probes"
     best: int
     lines: Sequence[Line]
 
@@ -76,6 +90,10 @@ class Lines:
     def slope(self, batch: int) -> float:
         return max(self.lines, key=lambda line: line.at(batch - self.best)).slope
 
+    def hidden_bytes(self, probe: Probe) -> float:
+        # One more stair may hide many samples.
+        return math.inf
+
 
 @dataclass(frozen=True)
 class Corrected:
@@ -84,6 +102,7 @@ class Corrected:
     The line goes through `other`, probed too; with one probe alone the forecast is scaled.
     """
 
+    words: ClassVar[str] = "the forecast, which the probes bear out"
     forecast: Callable[[int], float]
     peaks: Mapping[int, int]
     best: int
@@ -129,6 +148,39 @@ class Corrected:
     def slope(self, batch: int) -> float:
         return (self.at(batch) - self.peaks[self.best]) / max(batch - self.best, 1)
 
+    def hidden_bytes(self, probe: Probe) -> float:
+        is_close = self.late(probe.batch) < 2 + tolerance(probe.batch)
+        return self.off_bytes if is_close else math.inf
+
+
+@dataclass(frozen=True)
+class Replayed(Corrected):
+    """The same, where the forecast is what two probes asked of the allocator."""
+
+    words: ClassVar[str] = "what the probes asked of the allocator"
+    forecast: Extrapolated
+
+    @property
+    def is_rising(self) -> bool:  # type: ignore[override]
+        return self.forecast.grows
+
+    @property
+    def off_bytes(self) -> float:
+        # Other batches may have made other requests.
+        assert self.other is not None
+        return max(abs(self._error_bytes(batch)) for batch in (self.best, self.other))
+
+    def reach(self, target_bytes: int, failure: int) -> int:
+        return first_reach(self.at, target_bytes, self.best, failure, finely=True)
+
+    def hidden_bytes(self, probe: Probe) -> float:
+        return self.off_bytes if self.forecast.foresaw(probe.batch, probe.requests) else math.inf
+
+
+def tolerance(batch: int) -> int:
+    """How many samples more, a percent, are not worth another probe."""
+    return batch // 100
+
 
 def outlook(
     probes: Mapping[int, Probe],
@@ -139,17 +191,35 @@ def outlook(
 ) -> Outlook:
     """Beyond the probed batch `best`, by it and one other: `failure` where its peak is known too,
     else the nearest below that is not almost the same."""
-    below = [batch for batch in peaks if batch < best]
-    other = max(
-        (batch for batch in below if batch <= LOCAL * best), default=min(below, default=None)
-    )
-    if failure in peaks:
-        other = failure
+    other = _other(peaks, best, failure)
     if forecast is not None:
         return Corrected(forecast, peaks, best, other)
     if other is None:
         return Lines(best, [Line(peaks[best], 0.0)])
     return Lines(best, _chords(probes, peaks, other, best))
+
+
+def replayed(
+    probes: Mapping[int, Probe], peaks: Mapping[int, int], best: int, failure: int
+) -> Replayed | None:
+    """The same by what both asked of the allocator; None where that is not alike, or not known."""
+    other = _other(peaks, best, failure)
+    if other is None:
+        return None
+    low, high = sorted((best, other))
+    one, two = probes[low].requests, probes[high].requests
+    if one is None or two is None or not one.is_like(two) or len(one.events) > MOST_REPLAYED:
+        return None
+    return Replayed(Extrapolated(low, high, one, two), peaks, best, other)
+
+
+def _other(peaks: Mapping[int, int], best: int, failure: int) -> int | None:
+    if failure in peaks:
+        return failure
+    below = [batch for batch in peaks if batch < best]
+    return max(
+        (batch for batch in below if batch <= LOCAL * best), default=min(below, default=None)
+    )
 
 
 def _chords(
@@ -174,15 +244,26 @@ def _chords(
     return lines
 
 
-def first_reach(curve: Callable[[int], float], target_bytes: float, fits: int, failure: int) -> int:
+def first_reach(
+    curve: Callable[[int], float],
+    target_bytes: float,
+    fits: int,
+    failure: int,
+    *,
+    finely: bool = False,
+) -> int:
     """`last_within` of a curve that may fall again: stops before what is found beyond the target.
 
     A larger batch may take less, where its activations' blocks are first large enough for gradients
-    to use. So batches below the one found, at distances that double, are looked at too.
+    to use. So batches below the one found, at distances that double, are looked at too; `finely`,
+    those nearest to it one by one, and a third of all in steps of a percent.
     """
     while True:
         found = last_within(curve, target_bytes, fits, failure)
-        distances = (2**k for k in range((found - fits).bit_length()))
+        distances = {2**k for k in range((found - fits).bit_length())}
+        if finely:
+            step = max(tolerance(found), 1)
+            distances.update(range(1, NEAREST), range(step, found // 3, step))
         beyond = [
             found - by for by in distances if fits < found - by and curve(found - by) > target_bytes
         ]

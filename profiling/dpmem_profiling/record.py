@@ -7,9 +7,11 @@ quantities are bytes and seconds; what is not known is None, never 0 or -1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+from dpmem_profiling.extrapolate import Requests
 
 Category = Literal[
     "parameter",
@@ -113,11 +115,11 @@ class MemoryRecord:
             raise ValueError(
                 f"source must be one of {', '.join(get_args(Source))}; got {self.source!r}"
             )
-        for field in ("at_peak", "peak_by_category", "persistent_bytes"):
-            unknown = set(getattr(self, field)) - set(CATEGORIES)
+        for name in ("at_peak", "peak_by_category", "persistent_bytes"):
+            unknown = set(getattr(self, name)) - set(CATEGORIES)
             if unknown:
                 raise ValueError(
-                    f"{field} must use the categories {', '.join(CATEGORIES)}; "
+                    f"{name} must use the categories {', '.join(CATEGORIES)}; "
                     f"got {', '.join(sorted(map(str, unknown)))}"
                 )
         total_bytes = sum(self.at_peak.values())
@@ -170,7 +172,8 @@ class Probe:
     two. `seconds` is one training step. `peak_by_phase` is as in a
     MemoryRecord, where known: a step's peak is the highest of its phases', each of them close to a
     line in the batch. `batch_bytes` is what the batch itself holds at most during the step,
-    `growth_bytes` what the step left behind, as in a MemoryRecord.
+    `growth_bytes` what the step left behind, as in a MemoryRecord. `requests`, what it asked of its
+    allocator, is for the search alone: the probes of a result have none.
     """
 
     batch: int
@@ -184,6 +187,7 @@ class Probe:
     batch_bytes: int | None = None
     growth_bytes: int | None = None
     error: str | None = None
+    requests: Requests | None = field(default=None, compare=False, repr=False)
 
     @property
     def peak_bytes(self) -> int | None:
@@ -192,6 +196,10 @@ class Probe:
             if size_bytes is not None:
                 return size_bytes
         return None
+
+    def told(self) -> Probe:
+        """As a result has it."""
+        return replace(self, requests=None)
 
 
 class Accumulation(NamedTuple):
@@ -280,7 +288,10 @@ class BatchSizeResult:
 
     def to_json(self) -> dict[str, Any]:
         """The result as a dictionary that `json.dumps` takes; `from_json` reads it back."""
-        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        fields = asdict(self)
+        for probe in fields["probes"]:
+            del probe["requests"]
+        return {"schema_version": SCHEMA_VERSION, **fields}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BatchSizeResult:

@@ -112,16 +112,24 @@ def read_snapshot(path: str | Path) -> Snapshot:
             "torch.cuda.memory._dump_snapshot"
         ) from error
     try:
-        devices = _devices(document)
-        settings = _settings(document, devices)
+        snapshot = snapshot_of(document)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path} is not a memory snapshot: {type(error).__name__} {error}; make one with "
             "torch.cuda.memory._dump_snapshot"
         ) from error
-    if not devices:
+    if not snapshot.devices:
         raise ValueError(f"{path} has no device memory in it; record the process that uses the GPU")
-    return Snapshot(settings, devices)
+    return snapshot
+
+
+def snapshot_of(document: Mapping[str, Any]) -> Snapshot:
+    """What `torch.cuda.memory._snapshot` returned.
+
+    Raises ValueError for private memory pools, and for settings that the model does not cover.
+    """
+    devices = _devices(document)
+    return Snapshot(_settings(document, devices), devices)
 
 
 def _settings(document: Mapping[str, Any], devices: Sequence[DeviceTrace]) -> AllocatorSettings:

@@ -34,12 +34,12 @@ class Tried:
                 self._on_try(batch)
             self.probes[batch] = self._probe(batch)
             if self._on_probe is not None:
-                self._on_probe(self.probes[batch])
+                self._on_probe(self.probes[batch].told())
         return self.probes[batch]
 
     def completing(self, result: BatchSizeResult) -> BatchSizeResult:
         """`result` with all probes there were, also those of earlier searches."""
-        probes = tuple(self.probes.values())
+        probes = tuple(done.told() for done in self.probes.values())
         curve = sorted(
             (done.batch, done.peak_bytes)
             for done in probes

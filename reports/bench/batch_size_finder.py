@@ -4,6 +4,11 @@
 job is a list of allocations and releases; the device is dpmem_profiling.CachingAllocator with a
 capacity. The truth is the largest B such that every batch up to B fits, by trying all of them.
 
+A trial tells what a step tells on a GPU: whether it ran, its peaks, and what it asked of the
+allocator, block by block, as torch.cuda's memory history has it. That a replay of those requests
+reserves what the device does is so here by construction; of ten recordings of real GPUs the model's
+peak was theirs to the byte (tests/profiling/test_extrapolate.py).
+
 dpmem's search runs blind, as it does of a step or of a run under way, and with a forecast, as it
 does of a Job on a GPU. The forecast is the allocator's model too, with activations that are right,
 or 4.8 % too low or too high: nine of ten forecasts of real runs were closer
@@ -25,6 +30,8 @@ from accelerate.utils import find_executable_batch_size
 
 from dpmem.growth import note_of_a_leak
 from dpmem_profiling import CachingAllocator, OutOfDeviceMemory, Probe, format_bytes, search
+from dpmem_profiling.allocator_settings import AllocatorSettings
+from dpmem_profiling.extrapolate import Recorder
 
 HERE = Path(__file__).parent
 MIB = 1 << 20
@@ -68,9 +75,26 @@ JOBS = [
 ]
 
 
+class Recorded(CachingAllocator):
+    """Keeps a history of what it is asked for."""
+
+    def __init__(self, capacity_bytes: int | None) -> None:
+        super().__init__(capacity_bytes=capacity_bytes)
+        self.history = Recorder(AllocatorSettings())
+
+    def malloc(self, size_bytes: int, stream: int = 0) -> int:
+        address = super().malloc(size_bytes, stream)
+        self.history.takes(address, size_bytes, stream)
+        return address
+
+    def free(self, address: int) -> None:
+        super().free(address)
+        self.history.gives(address)
+
+
 def run(job: Simulated, batch: int) -> Probe:
     """STEPS steps on an empty device; an allocator that had to give back did not fit."""
-    device = CachingAllocator(capacity_bytes=job.capacity_bytes)
+    device = Recorded(capacity_bytes=job.capacity_bytes)
     part_bytes = job.weights_bytes // job.layers
     peaks: dict[str, int] = {}
     reserved_bytes: list[int] = []
@@ -117,6 +141,7 @@ def run(job: Simulated, batch: int) -> Probe:
         reserved_bytes=max(reserved_bytes),
         peak_by_phase=peaks,
         growth_bytes=live_bytes[-1] - live_bytes[-2],
+        requests=device.history.requests(),
     )
 
 
@@ -246,7 +271,12 @@ def main() -> None:
         "# Batch-size searches on a simulated device",
         "",
         "Each cell: answer ÷ truth, trials, trials that ran out of memory. No GPU took part: the",
-        "device is the allocator's model with a capacity. Made by `batch_size_finder.py`. Last:",
+        "device is the allocator's model with a capacity. Made by `batch_size_finder.py`. A trial",
+        "tells what a step on a GPU tells: whether it ran, its peaks, and what it asked of the",
+        "allocator. The search replays that through the same model, so here by construction it",
+        "reserves what the device does; of ten recordings of real GPUs the model's peak was theirs",
+        "to the byte (`tests/profiling/test_extrapolate.py`). Jobs whose kernels take scratch at",
+        "some sizes and not at others are not among these. Last:",
         "dpmem with a margin of 2 %, `largest_safe` ÷ truth at worst, and the trials for both",
         "answers in each of its four ways. Forecasts are the same model, with activations right or",
         "wrong by 4.8 %.",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -214,8 +215,8 @@ def test_an_allocators_retry_is_no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda _: {"num_alloc_retries": next(retries)})
     measure_within = jobs.measure_within
 
-    def on_cpu(job: dpmem.Job, n: int, _: torch.device, limit_bytes: int | None) -> MemoryRecord:
-        return measure_within(job, n, torch.device("cpu"), limit_bytes)
+    def on_cpu(job: dpmem.Job, n: int, _: torch.device, *more: Any) -> MemoryRecord:
+        return measure_within(job, n, torch.device("cpu"), *more)
 
     monkeypatch.setattr(finder, "measure_within", on_cpu)
     job = dpmem.Job(lambda: nn.Linear(2, 2), lambda n: torch.randn(n, 2), lambda m, x: m(x).sum())

@@ -5,7 +5,17 @@ from itertools import accumulate
 
 import pytest
 
-from dpmem_profiling.outlook import Corrected, Line, Lines, first_reach, last_within, outlook
+from dpmem_profiling.extrapolate import Recorder
+from dpmem_profiling.outlook import (
+    Corrected,
+    Line,
+    Lines,
+    Replayed,
+    first_reach,
+    last_within,
+    outlook,
+    replayed,
+)
 from dpmem_profiling.record import Probe
 
 
@@ -159,3 +169,55 @@ def test_a_batch_beyond_a_hump_is_not_reached() -> None:
     assert first_reach(humped, 800, 1, 1 << 20) == 50
     assert first_reach(humped, 1000, 1, 1 << 20) == 100
     assert Corrected(humped, {10: 100, 20: 200}, 20, 10).reach(800, 1 << 20) == 50
+
+
+def test_a_narrow_hump_is_seen_from_near_and_a_wide_one_from_afar() -> None:
+    def humped(batch: int) -> float:
+        return 10.0 * batch + (300.0 if batch == 87 or 70 <= batch < 73 else 0.0)
+
+    assert first_reach(humped, 1000, 1, 1 << 20) == 100
+    # 87 takes 1170, and of 70 to 72 each 1000 at least.
+    assert first_reach(humped, 1000, 1, 1 << 20, finely=True) == 70
+
+
+def asked(batch: int, *sizes: int, off_bytes: int = 0) -> Probe:
+    """A step that held blocks of these sizes all at once, where nothing is cached."""
+    recorder = Recorder()
+    for number, size_bytes in enumerate(sizes):
+        recorder.takes(number, size_bytes)
+    peak_bytes = sum(sizes) + off_bytes
+    return Probe(batch, "fits", allocated_bytes=peak_bytes, requests=recorder.requests())
+
+
+def beyond(*probes: Probe) -> Replayed | None:
+    """What is expected beyond the last."""
+    known = {probe.batch: probe for probe in probes}
+    peaks = {probe.batch: probe.peak_bytes or 0 for probe in probes}
+    return replayed(known, peaks, probes[-1].batch, 1 << 20)
+
+
+def test_two_probes_that_asked_alike_tell_of_any_batch() -> None:
+    known = beyond(asked(1, 700, 10), asked(4, 700, 40))
+    assert known is not None
+    assert known.is_rising
+    assert [known.at(batch) for batch in (1, 4, 30)] == [710.0, 740.0, 1000.0]
+    assert known.reach(1005, 1 << 20) == 30
+    assert known.off_bytes == 0
+    # One that asked for what was foreseen, and one that did not.
+    assert known.hidden_bytes(asked(30, 700, 300)) == 0
+    assert known.hidden_bytes(asked(30, 700, 3000)) == float("inf")
+    assert known.hidden_bytes(Probe(30, "fits", allocated_bytes=1000)) == float("inf")
+
+
+def test_what_takes_memory_past_the_allocator_is_a_line_too() -> None:
+    known = beyond(asked(1, 700, 10, off_bytes=8), asked(4, 700, 40, off_bytes=14))
+    assert known is not None
+    # 8 bytes for one sample and 2 for each more.
+    assert known.at(30) == 1000 + 66
+    assert known.off_bytes == known.hidden_bytes(asked(30, 700, 300)) == 14
+
+
+def test_probes_that_asked_otherwise_tell_of_no_other() -> None:
+    assert beyond(asked(1, 700), asked(4, 700, 40)) is None
+    assert beyond(asked(4, 700, 40)) is None
+    assert beyond(Probe(1, "fits", allocated_bytes=9), asked(4, 700, 40)) is None
