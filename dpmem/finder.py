@@ -3,6 +3,11 @@
 All three are one: a run under way is a job whose factories return what is there, within a block
 that puts it back. Where the GPU is not here the probe is a forecast; where it is here a job's
 forecast proposes what to probe; where there are many ranks the probe is what they all say of it.
+
+Two probes tell what any other batch takes, by what their steps asked of the allocator. On CUDA
+that is its history, recorded from before the model is built to the end of the second step, sizes
+alone and no stacks; the step that is timed comes after. Before each probe cuBLAS's workspaces and
+what the allocator caches are given up, so that all begin alike.
 """
 
 from __future__ import annotations

@@ -2,17 +2,20 @@
 
 Two batches that made the same requests in the same order tell of others: a size is a line in the
 batch, a constant for what the model holds and a multiple for what the samples need; or else a
-multiple of the pairs of samples. The allocator's model then says what that makes it reserve, every
-stair and fragment of it; without a caching allocator it is the most bytes held at once, every bend
-of it. No forecast of the job is needed.
+multiple of the pairs of samples. Only scratch may be there at one of them and not at the other: a
+kernel's, given back before anything else goes on. The allocator's model then says what that makes
+it reserve, every stair and fragment of it; without a caching allocator it is the most bytes held at
+once, every bend of it. No forecast of the job is needed.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from dpmem_profiling.allocator import CachingAllocator
 from dpmem_profiling.allocator_blocks import Segment, SegmentBlock
@@ -43,13 +46,18 @@ class Requests:
     streams: array[int]
 
     def is_like(self, other: Requests) -> bool:
-        """The same but for sizes?"""
+        """The same but for sizes, and for scratch that kernels take and give back at once?"""
+        one, two = self.places, other.places
         return (
             self.settings == other.settings
-            and self.events == other.events
-            and self.streams == other.streams
+            and one.lasting == two.lasting
             and len(_in_use(self.held)) == len(_in_use(other.held))
         )
+
+    @cached_property
+    def places(self) -> Places:
+        """Where in the step its blocks are requested."""
+        return _places(self.events, self.streams, len(_in_use(self.held)))
 
     def peak_bytes(self) -> int:
         """The most that was reserved, were there no end of memory; or the most held at once."""
@@ -77,6 +85,76 @@ class Requests:
             else:
                 held_bytes -= self.sizes[number]
         return peak_bytes
+
+
+# A block's number among those that last; or, of scratch, its number within another or within a gap
+# between two events of those that last.
+Place = int | tuple["Gap | Place", int]
+
+
+class Gap(NamedTuple):
+    """Between the events of blocks that last: how many come before."""
+
+    events: int
+
+
+class Places(NamedTuple):
+    """Where in a step its blocks are requested.
+
+    lasting    the events and streams of the blocks that are no scratch, which are numbered anew
+    of_blocks  for each block
+    scratch    how much scratch there is within a gap, or within other scratch; where there is any
+    """
+
+    lasting: tuple[array[int], array[int]]
+    of_blocks: Sequence[Place]
+    scratch: Mapping[Gap | Place, int]
+
+
+def _places(events: Sequence[int], streams: Sequence[int], n_held: int) -> Places:
+    is_scratch = _which_are_scratch(events, n_held, len(streams))
+    numbers = list(range(n_held))
+    lasting = array("i"), array("h")
+    of_blocks: list[Place] = []
+    scratch: Counter[Gap | Place] = Counter()
+    within: list[Gap | Place] = []
+    n_lasting = n_held
+    for number in events:
+        if number != _NEW and is_scratch[number]:
+            within.pop()
+        elif number != _NEW:
+            lasting[0].append(numbers[number])
+        elif is_scratch[len(numbers)]:
+            numbers.append(_NEW)
+            around = within[-1] if within else Gap(len(lasting[0]))
+            of_blocks.append((around, scratch[around]))
+            scratch[around] += 1
+            within.append(of_blocks[-1])
+        else:
+            lasting[0].append(_NEW)
+            lasting[1].append(streams[len(numbers) - n_held])
+            numbers.append(n_lasting)
+            of_blocks.append(n_lasting)
+            n_lasting += 1
+    return Places(lasting, of_blocks, scratch)
+
+
+def _which_are_scratch(events: Sequence[int], n_held: int, n_requested: int) -> bytearray:
+    """Of each block: is it given back before anything else goes on, but for other such blocks?"""
+    is_scratch = bytearray(n_held + n_requested)
+    # A block that was requested, or None for one that went.
+    so_far: list[int | None] = []
+    n_blocks = n_held
+    for number in events:
+        if number == _NEW:
+            so_far.append(n_blocks)
+            n_blocks += 1
+        elif so_far and so_far[-1] == number:
+            so_far.pop()
+            is_scratch[number] = True
+        else:
+            so_far.append(None)
+    return is_scratch
 
 
 class Recorder:
@@ -157,13 +235,13 @@ class Extrapolated:
     @property
     def grows(self) -> bool:
         """Is there anything of which more samples need more?"""
-        return any(high_bytes > low_bytes for low_bytes, high_bytes in self._sizes())
+        return any(high_bytes > low_bytes for low_bytes, high_bytes in self._sizes)
 
     @property
     def is_plain(self) -> bool:
         """Are the sizes, but for a hundredth, whole bytes for each sample or pair of samples?"""
         low, high = self.low, self.high
-        others_bytes = sum(two for one, two in self._sizes() if not _is_plain(low, one, high, two))
+        others_bytes = sum(two for one, two in self._sizes if not _is_plain(low, one, high, two))
         return 100 * others_bytes <= sum(self.high_requests.sizes)
 
     def __call__(self, batch: int) -> float:
@@ -174,15 +252,37 @@ class Extrapolated:
     def requests(self, batch: int) -> Requests:
         """Those of a step with so many samples."""
         low, high = self.low, self.high
-        sizes = (_size(low, one, high, two, batch) for one, two in self._sizes())
+        if batch == low:
+            # It may have scratch of its own.
+            return self.low_requests
+        sizes = (_size(low, one, high, two, batch) for one, two in self._sizes)
         return replace(self.high_requests, sizes=array("q", sizes))
 
-    def _sizes(self) -> Iterable[tuple[int, int]]:
-        return zip(self.low_requests.sizes, self.high_requests.sizes, strict=True)
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Of each block at `high`: its size at `low`, and at `high`."""
+        low, high = self.low_requests.places, self.high_requests.places
+        at_low = dict(zip(low.of_blocks, self.low_requests.sizes, strict=True))
+        sizes = []
+        for place, size_bytes in zip(high.of_blocks, self.high_requests.sizes, strict=True):
+            if isinstance(place, int) or low.scratch.get(place[0]) == high.scratch[place[0]]:
+                low_bytes = at_low[place]
+            elif place[0] not in low.scratch:
+                # A kernel's own.
+                low_bytes = size_bytes
+            else:
+                # One of several, of which it is not known which is whose: rather too large.
+                low_bytes = size_bytes * self.low // self.high
+            sizes.append((low_bytes, size_bytes))
+        return sizes
 
     def foresaw(self, batch: int, requests: Requests | None) -> bool:
         """Did a step with so many samples make the very requests, to a block's rounding?"""
-        if requests is None or not requests.is_like(self.high_requests):
+        if (
+            requests is None
+            or requests.events != self.high_requests.events
+            or not requests.is_like(self.high_requests)
+        ):
             return False
         pairs = zip(self.requests(batch).sizes, requests.sizes, strict=True)
         return all(

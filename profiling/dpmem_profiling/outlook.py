@@ -21,8 +21,9 @@ from dpmem_profiling.record import Probe
 LOCAL = 15 / 16
 # So many batches next to one that is proposed are looked at, each of them.
 NEAREST = 16
-# More requests than this are not replayed: each time takes most of a second.
-MOST_REPLAYED = 100_000
+# A replay takes 7 microseconds for each request. Of so few a hundred batches are looked at, and of
+# more, which are those of models that take a minute to try, about twenty.
+FEW_REQUESTS = 20_000
 # How far below a batch its stair is looked for, as a part of it.
 STAIR = 0.9
 
@@ -171,7 +172,8 @@ class Replayed(Corrected):
         return max(abs(self._error_bytes(batch)) for batch in (self.best, self.other))
 
     def reach(self, target_bytes: int, failure: int) -> int:
-        return first_reach(self.at, target_bytes, self.best, failure, finely=True)
+        finely = len(self.forecast.high_requests.events) <= FEW_REQUESTS
+        return first_reach(self.at, target_bytes, self.best, failure, finely=finely)
 
     def hidden_bytes(self, probe: Probe) -> float:
         return self.off_bytes if self.forecast.foresaw(probe.batch, probe.requests) else math.inf
@@ -208,7 +210,7 @@ def replayed(
         return None
     low, high = sorted((best, other))
     one, two = probes[low].requests, probes[high].requests
-    if one is None or two is None or not one.is_like(two) or len(one.events) > MOST_REPLAYED:
+    if one is None or two is None or not one.is_like(two):
         return None
     return Replayed(Extrapolated(low, high, one, two), peaks, best, other)
 
@@ -256,7 +258,7 @@ def first_reach(
 
     A larger batch may take less, where its activations' blocks are first large enough for gradients
     to use. So batches below the one found, at distances that double, are looked at too; `finely`,
-    those nearest to it one by one, and a third of all in steps of a percent.
+    those nearest to it one by one, a third of all in steps of a percent, the others of three.
     """
     while True:
         found = last_within(curve, target_bytes, fits, failure)
@@ -264,6 +266,7 @@ def first_reach(
         if finely:
             step = max(tolerance(found), 1)
             distances.update(range(1, NEAREST), range(step, found // 3, step))
+            distances.update(range(found // 3, found, 3 * step))
         beyond = [
             found - by for by in distances if fits < found - by and curve(found - by) > target_bytes
         ]

@@ -23,8 +23,9 @@ class Model(NamedTuple):
     layers: int
     activation_bytes: Callable[[int], int]
     capacity_bytes: int
-    # Kernels that take scratch where there are few samples.
+    # Kernels that take scratch where there are few samples, and copies of their input.
     scratch_below: int = 0
+    copies_below: int = 0
 
     def __call__(self, batch: int) -> Probe:
         """A trial. An allocator that had to give back did not fit."""
@@ -52,7 +53,10 @@ class Model(NamedTuple):
                     temporary = take(self.activation_bytes(batch))
                     if batch < self.scratch_below:
                         give(take(32))
+                    copy = take(9_000 * batch) if batch < self.copies_below else None
                     give(temporary)
+                    if copy is not None:
+                        give(copy)
                     give(address)
                 if step == 0:
                     for _ in range(2 * self.layers):
@@ -152,10 +156,18 @@ def test_steps_are_no_lines_and_a_forecast_that_knows_them_counts() -> None:
     assert len(right.probes) == 3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_scratch_that_few_samples_take_does_not_matter(seed: int) -> None:
+    model = any_model(seed)._replace(scratch_below=4)
+    result = search(model, limit_bytes=model.capacity_bytes, margin_bytes=0)
+    assert is_within_a_percent(result.largest_fitting, model.largest(model.capacity_bytes))
+    assert len(result.probes) == 3
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3, 5])
 def test_where_few_samples_ask_otherwise_two_larger_batches_tell(seed: int) -> None:
-    """A kernel takes scratch where it has few samples, so the first probe is like no other."""
-    model = any_model(seed)._replace(scratch_below=4)
+    """The first probe is like no other: a dimension of 1 needs no copy, say, or needs one."""
+    model = any_model(seed)._replace(copies_below=4)
     result = search(model, limit_bytes=model.capacity_bytes, margin_bytes=0)
     assert is_within_a_percent(result.largest_fitting, model.largest(model.capacity_bytes))
     assert len(result.probes) <= 5

@@ -142,6 +142,83 @@ def test_requests_are_alike_whatever_their_sizes() -> None:
     assert not streams[0].is_like(streams[1])
 
 
+def recorded(script: str) -> Requests:
+    """One letter a block, taken as it appears and given back as it does again; a digit before it
+    is its size. What is left is held."""
+    recorder, size_bytes = Recorder(AllocatorSettings()), 1
+    for letter in script:
+        if letter.isdigit():
+            size_bytes = int(letter)
+        elif recorder.knows(ord(letter)):
+            recorder.gives(ord(letter))
+        else:
+            recorder.takes(ord(letter), size_bytes)
+    return recorder.requests()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        # Scratch within scratch, s and t, and scratch that both have, x.
+        ("a b xx a", "a b xx stts a", True),
+        ("a b a", "a ss b tt a", True),
+        # What is there while something else comes or goes is no scratch.
+        ("a b a", "a s b s a", False),
+        ("a b a", "a b s a s", False),
+        ("a b a", "a b b", False),
+    ],
+)
+def test_kernels_may_take_scratch_at_one_batch_alone(one: str, other: str, alike: bool) -> None:
+    low, high = (recorded(script.replace(" ", "")) for script in (one, other))
+    assert low.is_like(high) == high.is_like(low) == alike
+
+
+def test_scratch_of_one_batch_alone_is_constant() -> None:
+    # s and t are there once; x, in which they are, twice.
+    low, high = recorded("2a5xx3b"), recorded("4a7x9s6ttsx5b")
+    known = Extrapolated(1, 2, low, high)
+    assert list(known.requests(5).sizes) == [10, 13, 9, 6, 11]
+    assert list(Extrapolated(1, 2, high, low).requests(3).sizes) == [1, 3, 1]
+    # Each batch's own is its own.
+    assert known.requests(1) is low
+    assert known.foresaw(2, high)
+    assert not known.foresaw(1, low)
+    # Which of two the one was is not known, so both grow.
+    known = Extrapolated(1, 2, recorded("2a5xx3b"), recorded("4a7xx8yy5b"))
+    assert list(known.requests(4).sizes) == [8, 15, 16, 9]
+
+
+def of_a_gpu(name: str) -> Requests:
+    """A recording's requests; what it held before it began is left out."""
+    path = DATA / "snapshots" / f"{name}.json.gz"
+    if not path.is_file():
+        pytest.skip("needs the recorded snapshots: set DPMEM_DATA to the folder that holds them")
+    snapshot = read_snapshot(path)
+    recorder = Recorder(snapshot.settings)
+    for event in snapshot.devices[0].events:
+        if event.action == "alloc":
+            recorder.takes(event.address, event.size_bytes, event.stream)
+        elif event.action == "free_completed" and recorder.knows(event.address):
+            recorder.gives(event.address)
+    return recorder.requests()
+
+
+def test_two_recordings_of_a_gpu_tell_of_a_third_to_the_byte() -> None:
+    """Evaluations at 128, 256 and 1024 tokens, whose attention grows with the pairs of them."""
+    runs = {n: of_a_gpu(f"gpt_medium_ctx{n}_inference") for n in (128, 256, 1024)}
+    known = Extrapolated(128, 256, runs[128], runs[256])
+    assert known(1024) == runs[1024].peak_bytes() == 1_486_880_768
+    assert known.foresaw(1024, runs[1024])
+
+
+def test_a_gpus_kernels_take_scratch_at_some_sizes_and_not_at_others() -> None:
+    low, high = (of_a_gpu(f"gpt_medium_ctx{n}_training") for n in (128, 256))
+    # 98 reductions in two passes, with two blocks each.
+    assert len(high.events) - len(low.events) == 196
+    assert low.is_like(high)
+    assert Extrapolated(128, 256, low, high)(128) == low.peak_bytes()
+
+
 def test_they_travel_in_few_bytes() -> None:
     requests = asked(*range(1, 10_001), settings=AllocatorSettings())
     pickled = pickle.dumps(requests)
