@@ -205,12 +205,23 @@ class Recorder:
 
 def requests_of(live_at_start: Mapping[int, int], changes: Sequence[Change]) -> Requests:
     """Of a step whose storages, number -> bytes, were those at its start: what holds memory alone
-    counts, as on the CPU."""
+    counts, as on the CPU.
+
+    Of what comes before the first phase, only what is then left: to make a batch takes a tensor for
+    each of its samples, so that no two batches ask alike.
+    """
     recorder = Recorder()
+    made = next((at for at, change in enumerate(changes) if change.phase is not None), 0)
+    left = Counter(live_at_start)
+    for change in changes[:made]:
+        if change.storage is not None:
+            left[change.storage] += change.delta_bytes
     sizes: dict[int, int] = {}
-    storages = [(number, size_bytes) for number, size_bytes in live_at_start.items()]
+    storages = sorted(left.items())
     storages += [
-        (change.storage, change.delta_bytes) for change in changes if change.storage is not None
+        (change.storage, change.delta_bytes)
+        for change in changes[made:]
+        if change.storage is not None
     ]
     for number, delta_bytes in storages:
         old_bytes = sizes.get(number, 0)
@@ -231,6 +242,9 @@ class Extrapolated:
     low_requests: Requests
     high_requests: Requests
     _peaks: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.low_requests.is_like(self.high_requests), "what is unlike tells of no other"
 
     @property
     def grows(self) -> bool:

@@ -76,6 +76,26 @@ def test_without_a_caching_allocator_bytes_held_count() -> None:
     assert requests_of({0: 10}, changes).peak_bytes() == 70
 
 
+def test_of_how_a_batch_is_made_only_the_batch_counts() -> None:
+    def changes(n: int) -> list[Change]:
+        samples = [Change(0.0, None, 1 + number, 10) for number in range(n)]
+        batch = Change(1.0, None, 1 + n, 10 * n)
+        gone = [change._replace(delta_bytes=-10) for change in samples]
+        return [
+            *samples,
+            batch,
+            *gone,
+            Change(2.0, "forward", None, 0),
+            batch._replace(phase="forward", storage=99),
+        ]
+
+    low, high = (requests_of({0: 7}, changes(n)) for n in (2, 5))
+    assert list(low.sizes) == [7, 20, 20]
+    assert Extrapolated(2, 5, low, high).requests(9).sizes[1] == 90
+    # A step without phases is its whole.
+    assert requests_of({}, changes(2)[:3]).peak_bytes() == 40
+
+
 def test_sizes_are_lines_in_the_batch_or_grow_with_its_pairs() -> None:
     # A constant; 12 + 5 a sample; 3 a pair; 3 a pair and 7 a sample; a mask of an odd 3 bits each.
     def sizes(n: int) -> tuple[int, ...]:
@@ -268,6 +288,10 @@ def likeness(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 JOBS = {
     "perceptron": Job(perceptron, lambda n: torch.randn(n, 64), mean_square, torch.optim.AdamW),
     "convolutions": Job(convolutions, lambda n: torch.randn(n, 1, 9, 9), mean_square),
+    # A batch is made of a tensor for each sample, as a collate function makes it.
+    "collated": Job(
+        perceptron, lambda n: torch.stack([torch.randn(64) for _ in range(n)]), mean_square
+    ),
     "contrastive": Job(perceptron, lambda n: torch.randn(n, 64), likeness, torch.optim.SGD),
 }
 
