@@ -15,7 +15,6 @@ A value depends on its counter and key alone, never on what ran before. That is 
 draws its noise here: it leaves the global generators, and so dropout masks, as they were.
 """
 
-import numpy as np
 from torch import Tensor
 
 ROUNDS = 10
@@ -45,19 +44,3 @@ def philox_ref(
         c2, c3 = ((a >> 32) & WORD) ^ c3 ^ k1, a & WORD
         k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
     return c0, c1.expand_as(c0), c2, c3.expand_as(c0)
-
-
-def philox_scalar(
-    c0: np.uint32, c1: np.uint32, c2: np.uint32, c3: np.uint32, k0: np.uint32, k1: np.uint32
-) -> tuple[np.uint32, np.uint32, np.uint32, np.uint32]:
-    """One block of four words: the source that quantize_cpu compiles with numba."""
-    for _ in range(ROUNDS):
-        a = np.uint64(c0) * np.uint64(MULTIPLIER_A)
-        b = np.uint64(c2) * np.uint64(MULTIPLIER_B)
-        c0 = np.uint32(b >> np.uint64(32)) ^ c1 ^ k0
-        c2 = np.uint32(a >> np.uint64(32)) ^ c3 ^ k1
-        c1 = np.uint32(b & np.uint64(WORD))
-        c3 = np.uint32(a & np.uint64(WORD))
-        k0 = np.uint32((np.uint64(k0) + np.uint64(WEYL_0)) & np.uint64(WORD))
-        k1 = np.uint32((np.uint64(k1) + np.uint64(WEYL_1)) & np.uint64(WORD))
-    return c0, c1, c2, c3

@@ -3,8 +3,7 @@
 It is imported by the first call that needs it, so that importing dpmem_kernels costs no compiler.
 
 A word's halves are neighbours, so that a quarter of a group is as many half-words as elements:
-noise and codes are taken as arrays of halves, and every loop runs over neighbours in memory, which
-LLVM turns into vector code.
+noise and codes are taken as halves, sixteen neighbours of each quarter at once (numba_lanes.py).
 """
 
 from collections.abc import Sequence
@@ -16,21 +15,34 @@ from torch import Tensor
 
 from .cpu_loop import loop
 from .cpu_threads import threads_for
-from .numba_intrinsics import bits_to_float, decode, encode, float_to_bits, fma, typed_array
-from .philox import philox_scalar
+from .numba_intrinsics import bits_to_float, decode, float_to_bits, typed_array
+from .numba_lanes import (
+    LANES,
+    draw,
+    either,
+    field,
+    load_floats,
+    load_words,
+    rounded,
+    scaled,
+    store_floats,
+    store_words,
+    to_15_bits,
+)
 from .quantize import NAN_META, ROUND_UP, SCALE_LIMIT, SMALLEST_SCALE
 
 # Groups per unit of parallel work: enough to hide the start of a unit, few enough to balance.
 _CHUNK = 256
 
-philox = numba.njit(inline="always")(philox_scalar)
+
+@numba.njit(inline="always")
+def _zero_of(meta: Any) -> Any:
+    return bits_to_float(np.uint32(meta << np.uint32(16)))
 
 
 @numba.njit(inline="always")
-def _from_key(key: Any) -> Any:
-    """The bit pattern of the float whose place in the order of integers is `key`."""
-    sign = np.int32(key >> np.int32(31))
-    return np.uint32(np.int32(key ^ np.int32(sign & np.int32(0x7FFFFFFF))))
+def _scale_of(meta: Any) -> Any:
+    return bits_to_float(np.uint32(meta & np.uint32(0xFFFF0000)))
 
 
 @numba.njit(inline="always")
@@ -38,87 +50,75 @@ def _is_finite(pattern: Any) -> Any:
     return np.uint32(pattern & np.uint32(0x7FFFFFFF)) < np.uint32(0x7F800000)
 
 
-@numba.njit(inline="always")
-def _code(stored: Any, zero: Any, inverse: Any, noise: Any, base: Any, shift: Any) -> Any:
-    """One element's code; above its 8 bits the exponent of the rounded sum goes."""
-    addend = bits_to_float(np.uint32(base | np.uint32(noise)))
-    total = fma(np.float32(decode(stored) - zero), inverse, addend)
-    return np.uint32((float_to_bits(total) >> shift) & np.uint32(0xFF))
-
-
 @numba.njit
 def _range_of(row: Any) -> Any:
     """The bits of the minimum and maximum; a NaN, if there is one, is either."""
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    # As integers: unlike a floating-point minimum these become vector instructions and cannot drop
+    # a NaN. The largest without its sign is the least of the negative ones, if there are any.
+    low, high, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000), np.uint32(0)
     for i in range(row.size):
-        # Floats in the order of integers, NaNs at both ends: unlike a floating-point minimum this
-        # becomes a vector instruction and cannot drop a NaN.
-        pattern = np.int32(float_to_bits(decode(row[i])))
-        sign = np.int32(pattern >> np.int32(31))
-        key = np.int32(pattern ^ np.int32(sign & np.int32(0x7FFFFFFF)))
-        low, high = min(low, key), max(high, key)
-    return _from_key(low), _from_key(high)
+        pattern = float_to_bits(decode(row[i]))
+        low, high = min(low, np.int32(pattern)), max(high, np.int32(pattern))
+        largest = max(largest, pattern)
+    return (
+        largest if low < np.int32(0) else np.uint32(low),
+        np.uint32(low) if high < np.int32(0) else np.uint32(high),
+    )
 
 
-@numba.njit
-def _draw(random: Any, counter: Any, noise: Any) -> None:
-    """Fill random [4, words] with the Philox blocks of counters from `counter` on."""
-    for j in range(random.shape[1]):
-        random[0, j], random[1, j], random[2, j], random[3, j] = philox(
-            np.uint32(counter + j), noise[2], noise[3], noise[4], noise[0], noise[1]
+@numba.njit(inline="always")
+def _encode_bytes(
+    x: Any, start: int, codes: Any, out: int, quarter: int, meta: Any, noise: Any, counter: Any
+) -> None:
+    """The 8-bit codes of the group at x[start], two quarters in each half of codes[out:]."""
+    zero, inverse = _zero_of(meta), np.float32(np.float32(1.0) / _scale_of(meta))
+    base, low, high = np.uint32(0x43800000), np.uint32(0xFF), np.uint32(0xFF00)
+    for e in range(0, quarter, LANES):
+        random = draw(np.uint32(counter + e // 2), noise)
+        for pair in range(2):
+            at = start + 2 * pair * quarter + e
+            u, v = to_15_bits(random[2 * pair]), to_15_bits(random[2 * pair + 1])
+            c0 = rounded(load_floats(x, at), zero, inverse, base, u)
+            c1 = rounded(load_floats(x, at + quarter), zero, inverse, base, v)
+            packed = either(field(c0, np.uint32(15), low), field(c1, np.uint32(7), high))
+            store_words(codes, out + pair * quarter + e, packed)
+
+
+@numba.njit(inline="always")
+def _encode_fields(
+    x: Any,
+    start: int,
+    codes: Any,
+    out: int,
+    bits: int,
+    quarter: int,
+    meta: Any,
+    noise: Any,
+    counter: Any,
+) -> None:
+    """The 4- or 2-bit codes of the group at x[start], all quarters in each of codes[out:]."""
+    zero, inverse = _zero_of(meta), np.float32(np.float32(1.0) / _scale_of(meta))
+    base, mask = np.uint32(0x43000000), np.uint32((1 << bits) - 1)
+    for e in range(0, quarter, LANES):
+        at, random = start + e, draw(np.uint32(counter + e // 2), noise)
+        c0 = rounded(load_floats(x, at), zero, inverse, base, random[0])
+        c1 = rounded(load_floats(x, at + quarter), zero, inverse, base, random[1])
+        c2 = rounded(load_floats(x, at + 2 * quarter), zero, inverse, base, random[2])
+        c3 = rounded(load_floats(x, at + 3 * quarter), zero, inverse, base, random[3])
+        # What is above a code in the rounded sum is its exponent; each goes where it belongs.
+        lower = either(
+            field(c0, np.uint32(16), mask), field(c1, np.uint32(16 - bits), mask << bits)
         )
+        upper = either(
+            field(c2, np.uint32(16 - 2 * bits), mask << 2 * bits),
+            field(c3, np.uint32(16 - 3 * bits), mask << 3 * bits),
+        )
+        store_words(codes, out + e, either(lower, upper))
 
 
 @numba.njit
-def _narrow_to_15_bits(random: Any) -> None:
-    """Leave the low 15 bits of each word's low half and the high 15 of its high half."""
-    for k in range(4):
-        for j in range(random.shape[1]):
-            low_half = np.uint32(random[k, j] & np.uint32(0x7FFF))
-            high_half = np.uint32(np.uint32(random[k, j] >> np.uint32(17)) << np.uint32(16))
-            random[k, j] = np.uint32(low_half | high_half)
-
-
-@numba.njit
-def _encode_bytes(row: Any, codes: Any, zero: Any, inverse: Any, noise: Any) -> None:
-    """The 8-bit codes of a group, two quarters in each half of `codes`."""
-    quarter = row.size // 4
-    base, shift = np.uint32(0x43800000), np.uint32(15)
-    for pair in range(2):
-        a, b = row[2 * pair * quarter :], row[(2 * pair + 1) * quarter :]
-        u, v, out = noise[2 * pair], noise[2 * pair + 1], codes[pair * quarter :]
-        for e in range(quarter):
-            c0 = _code(a[e], zero, inverse, u[e], base, shift)
-            c1 = _code(b[e], zero, inverse, v[e], base, shift)
-            out[e] = np.uint32(c0 | np.uint32(c1 << np.uint32(8)))
-
-
-@numba.njit
-def _encode_fields(row: Any, codes: Any, bits: int, zero: Any, inverse: Any, noise: Any) -> None:
-    """The 4- or 2-bit codes of a group, all four quarters in each of `codes`."""
-    quarter = row.size // 4
-    base, shift, step = np.uint32(0x43000000), np.uint32(16), np.uint32(bits)
-    x0, x1, x2, x3 = row, row[quarter:], row[2 * quarter :], row[3 * quarter :]
-    u0, u1, u2, u3 = noise[0], noise[1], noise[2], noise[3]
-    for e in range(quarter):
-        c0 = _code(x0[e], zero, inverse, u0[e], base, shift)
-        c1 = _code(x1[e], zero, inverse, u1[e], base, shift)
-        c2 = _code(x2[e], zero, inverse, u2[e], base, shift)
-        c3 = _code(x3[e], zero, inverse, u3[e], base, shift)
-        upper = np.uint32(c2 | np.uint32(c3 << step))
-        lower = np.uint32(c0 | np.uint32(c1 << step))
-        codes[e] = np.uint32(lower | np.uint32(upper << np.uint32(2 * step)))
-
-
-@numba.njit
-def _quantize_group(
-    row: Any, codes: Any, bits: int, noise: Any, counter: Any, random: Any, random_halves: Any
-) -> np.int32:
-    """Fill the group's `codes`, half-words of the format; its metadata.
-
-    `random` [4, words] is scratch memory, and `random_halves` the same as halves of words.
-    """
-    low_bits, high_bits = _range_of(row)
+def _meta_of(low_bits: Any, high_bits: Any, bits: int) -> Any:
+    """A group's metadata from the bits of its minimum and maximum."""
     finite = _is_finite(low_bits) and _is_finite(high_bits)
     if low_bits == np.uint32(0x80000000):
         low_bits = np.uint32(0)
@@ -130,17 +130,31 @@ def _quantize_group(
     raw_scale = np.float32(np.float32(bits_to_float(high_bits) - zero) * per_level)
     raised = np.uint32((float_to_bits(raw_scale) & np.uint32(0x7FFFFFFF)) + np.uint32(ROUND_UP))
     if not finite or raised >= np.uint32(SCALE_LIMIT):
-        codes[:] = 0
-        return np.int32(NAN_META)
+        return np.uint32(NAN_META)
     scale_bits = max(np.uint32(raised & np.uint32(0xFFFF0000)), np.uint32(SMALLEST_SCALE))
-    inverse = np.float32(np.float32(1.0) / bits_to_float(scale_bits))
-    _draw(random, counter, noise)
-    if bits == 8:
-        _narrow_to_15_bits(random)
-        _encode_bytes(row, codes, zero, inverse, random_halves)
-    else:
-        _encode_fields(row, codes, bits, zero, inverse, random_halves)
-    return np.int32(scale_bits | (zero_bits >> np.uint32(16)))
+    return np.uint32(scale_bits | (zero_bits >> np.uint32(16)))
+
+
+@numba.njit
+def _quantize_whole(
+    x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any, counter: Any
+) -> None:
+    """Groups that are all there, noise from `counter` on; `codes` as `_quantize_groups` has it."""
+    quarter, halves_out = group_size // 4, codes.size // meta.size
+    for g in range(meta.size):
+        start, out = g * group_size, g * halves_out
+        low_bits, high_bits = _range_of(x[start : start + group_size])
+        found = _meta_of(low_bits, high_bits, bits)
+        meta[g] = np.int32(found)
+        first = np.uint32(counter + g * (group_size // 8))
+        if found == np.uint32(NAN_META):
+            codes[out : out + halves_out] = 0
+        elif bits == 8:
+            _encode_bytes(x, start, codes, out, quarter, found, noise, first)
+        elif bits == 4:
+            _encode_fields(x, start, codes, out, 4, quarter, found, noise, first)
+        else:
+            _encode_fields(x, start, codes, out, 2, quarter, found, noise, first)
 
 
 @loop()
@@ -149,23 +163,25 @@ def _quantize_groups(
 ) -> None:
     """Groups first .. last. `codes` as halves of the format's words: bytes for 2 bits."""
     words, halves_out = group_size // 8, codes.size // meta.size
-    random = np.empty((4, words), np.uint32)
-    random_halves = random.view(np.uint16)
-    for g in range(first, min(last, x.size // group_size)):
-        row = x[g * group_size : (g + 1) * group_size]
-        out = codes[g * halves_out : (g + 1) * halves_out]
-        counter = np.uint32(g * words)
-        meta[g] = _quantize_group(row, out, bits, noise, counter, random, random_halves)
-    if last * group_size > x.size:
-        # After the loop: an array that may be either costs it a reference count for each slice.
-        g = last - 1
-        present = x[g * group_size :]
+    whole = min(last, x.size // group_size)
+    if first < whole:
+        _quantize_whole(
+            x[first * group_size : whole * group_size],
+            codes[first * halves_out : whole * halves_out],
+            meta[first:whole],
+            bits,
+            group_size,
+            noise,
+            np.uint32(first * words),
+        )
+    if whole < last:
+        present = x[whole * group_size :]
         padded = np.empty(group_size, x.dtype)
         padded[: present.size] = present
         padded[present.size :] = present[-1]
-        out = codes[g * halves_out :]
-        counter = np.uint32(g * words)
-        meta[g] = _quantize_group(padded, out, bits, noise, counter, random, random_halves)
+        out = codes[whole * halves_out :]
+        counter = np.uint32(whole * words)
+        _quantize_whole(padded, out, meta[whole:], bits, group_size, noise, counter)
 
 
 @loop(parallel=True)
@@ -179,33 +195,42 @@ def _quantize_parallel(
 
 
 @numba.njit(inline="always")
-def _value(half: Any, shift: Any, mask: Any, scale: Any, zero: Any, like: Any) -> Any:
-    """The element whose code starts at bit `shift` of a half-word, as it is stored."""
-    code = np.int32(np.uint32(np.uint32(half) >> shift) & mask)
-    return encode(fma(np.float32(code), scale, zero), like)
+def _decode_bytes(codes: Any, at: int, out: Any, start: int, quarter: int, meta: Any) -> None:
+    """The elements out[start:] of a group from its 8-bit codes[at:]."""
+    scale, zero, mask = _scale_of(meta), _zero_of(meta), np.uint32(0xFF)
+    for e in range(0, quarter, LANES):
+        for pair in range(2):
+            words, to = load_words(codes, at + pair * quarter + e), start + 2 * pair * quarter + e
+            c0, c1 = field(words, np.uint32(0), mask), field(words, np.uint32(8), mask)
+            store_floats(out, to, scaled(c0, scale, zero))
+            store_floats(out, to + quarter, scaled(c1, scale, zero))
+
+
+@numba.njit(inline="always")
+def _decode_fields(
+    codes: Any, at: int, out: Any, start: int, bits: int, quarter: int, meta: Any
+) -> None:
+    """The elements out[start:] of a group from its 4- or 2-bit codes[at:]."""
+    scale, zero, mask = _scale_of(meta), _zero_of(meta), np.uint32((1 << bits) - 1)
+    for e in range(0, quarter, LANES):
+        words, to = load_words(codes, at + e), start + e
+        for k in range(4):
+            code = field(words, np.uint32(k * bits), mask)
+            store_floats(out, to + k * quarter, scaled(code, scale, zero))
 
 
 @numba.njit
-def _dequantize_group(codes: Any, meta: Any, row: Any, bits: int) -> None:
-    """Fill the row from the group's `codes`, half-words of the format, and metadata."""
-    quarter = row.size // 4
-    scale = bits_to_float(np.uint32(np.uint32(meta) & np.uint32(0xFFFF0000)))
-    zero = bits_to_float(np.uint32(np.uint32(meta) << np.uint32(16)))
-    mask, step = np.uint32((1 << bits) - 1), np.uint32(bits)
-    y0, y1 = row[:quarter], row[quarter : 2 * quarter]
-    y2, y3 = row[2 * quarter : 3 * quarter], row[3 * quarter :]
-    if bits == 8:
-        for e in range(quarter):
-            y0[e] = _value(codes[e], np.uint32(0), mask, scale, zero, y0[e])
-            y1[e] = _value(codes[e], step, mask, scale, zero, y0[e])
-            y2[e] = _value(codes[quarter + e], np.uint32(0), mask, scale, zero, y0[e])
-            y3[e] = _value(codes[quarter + e], step, mask, scale, zero, y0[e])
-    else:
-        for e in range(quarter):
-            y0[e] = _value(codes[e], np.uint32(0), mask, scale, zero, y0[e])
-            y1[e] = _value(codes[e], step, mask, scale, zero, y0[e])
-            y2[e] = _value(codes[e], np.uint32(2 * step), mask, scale, zero, y0[e])
-            y3[e] = _value(codes[e], np.uint32(3 * step), mask, scale, zero, y0[e])
+def _dequantize_whole(codes: Any, meta: Any, out: Any, bits: int, group_size: int) -> None:
+    """Groups that are all there; `codes` as `_dequantize_groups` has it."""
+    quarter, halves_in = group_size // 4, codes.size // meta.size
+    for g in range(meta.size):
+        at, start, found = g * halves_in, g * group_size, np.uint32(meta[g])
+        if bits == 8:
+            _decode_bytes(codes, at, out, start, quarter, found)
+        elif bits == 4:
+            _decode_fields(codes, at, out, start, 4, quarter, found)
+        else:
+            _decode_fields(codes, at, out, start, 2, quarter, found)
 
 
 @loop()
@@ -214,15 +239,20 @@ def _dequantize_groups(
 ) -> None:
     """Groups first .. last. `codes` as halves of the format's words: bytes for 2 bits."""
     halves_in = codes.size // meta.size
-    for g in range(first, min(last, out.size // group_size)):
-        source = codes[g * halves_in : (g + 1) * halves_in]
-        _dequantize_group(source, meta[g], out[g * group_size : (g + 1) * group_size], bits)
-    if last * group_size > out.size:
-        g = last - 1
-        whole = np.empty(group_size, out.dtype)
-        _dequantize_group(codes[g * halves_in :], meta[g], whole, bits)
-        row = out[g * group_size :]
-        row[:] = whole[: row.size]
+    whole = min(last, out.size // group_size)
+    if first < whole:
+        _dequantize_whole(
+            codes[first * halves_in : whole * halves_in],
+            meta[first:whole],
+            out[first * group_size : whole * group_size],
+            bits,
+            group_size,
+        )
+    if whole < last:
+        padded = np.empty(group_size, out.dtype)
+        _dequantize_whole(codes[whole * halves_in :], meta[whole:], padded, bits, group_size)
+        row = out[whole * group_size :]
+        row[:] = padded[: row.size]
 
 
 @loop(parallel=True)

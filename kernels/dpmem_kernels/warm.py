@@ -8,7 +8,8 @@ indices, bf16 master weights) compiles on its first use, a second or a few for e
 from then on. Without numba there is nothing to do.
 
 numba recompiles a function when its own file changes, but not when a file that it imports does:
-after an edit to numba_intrinsics.py or philox.py delete __pycache__ and warm it again.
+after an edit to numba_intrinsics.py, numba_lanes.py or philox.py delete __pycache__ and warm it
+again.
 """
 
 import torch

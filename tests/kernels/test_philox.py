@@ -1,5 +1,8 @@
 """Philox-4x32-10 against Random123's published vectors (its tests/kat_vectors file)."""
 
+from typing import Any
+
+import numba
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpmem_kernels import quantize_cpu
+from dpmem_kernels.numba_lanes import LANES, draw, store_words
 from dpmem_kernels.philox import philox_ref
 from dpmem_kernels.philox_triton import philox
 
@@ -61,10 +64,22 @@ def test_triton_gives_the_published_vectors(counter: Words, key: Words, expected
     assert out.tolist() == list(expected)
 
 
+@numba.njit
+def _drawn(counter: Any, noise: Any, halves: Any) -> None:
+    blocks = draw(counter, noise)
+    for k in range(4):
+        store_words(halves, k * LANES, blocks[k])
+
+
 @vectors
 def test_numba_gives_the_published_vectors(counter: Words, key: Words, expected: Words) -> None:
-    words = quantize_cpu.philox(*(np.uint32(word) for word in counter + key))
-    assert words == expected
+    halves = np.empty(4 * LANES, np.uint16)
+    _drawn(np.uint32(counter[0]), tuple(np.array(key + counter[1:], np.uint32)), halves)
+    # Word k of eight blocks, of which the first is the published one.
+    words = halves.view("<u4").reshape(4, LANES // 2)
+    assert words[:, 0].tolist() == list(expected)
+    following = _reference((counter[0] + 7 & 0xFFFFFFFF, *counter[1:]), key)
+    assert words[:, 7].tolist() == following
 
 
 def test_counters_are_a_tensor_of_any_shape() -> None:
