@@ -20,11 +20,10 @@ from dpmem_kernels import (
     narrow,
     pack_mask,
     pack_positive,
-    quantize,
     unpack_mask,
     widen,
 )
-from dpmem_kernels.quantize import NAN_META, is_plain
+from dpmem_kernels.quantize import NAN_META, quantize_and_tell
 
 Tensors = tuple[Tensor, ...]
 
@@ -107,10 +106,10 @@ class Codes(Form):
     __slots__ = ("_group_size",)
 
     def __init__(self, flat: Tensor, bits: int, group_size: int, noise: Noise, keep: Keep) -> None:
-        codes, meta = quantize(flat, bits, noise=noise, group_size=group_size)
-        kept: Tensors = codes, meta
-        # The pattern for such groups is above every other.
-        if meta.device.type == "cpu" and is_plain(flat) and int(meta.amax()) >= NAN_META:
+        kept: Tensors
+        kept, complete = quantize_and_tell(flat, bits, noise=noise, group_size=group_size)
+        if complete is False:
+            codes, meta = kept
             rows = (meta == NAN_META).nonzero()
             places = rows * group_size + torch.arange(group_size)
             places = places.view(-1).clamp_(max=flat.numel() - 1)

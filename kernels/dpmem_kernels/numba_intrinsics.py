@@ -7,6 +7,7 @@ as uint16 and float16 as int16. The dtype of a view then selects how its element
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import torch
 from llvmlite import ir
 from numba import types
@@ -19,6 +20,31 @@ VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 def typed_array(x: Tensor) -> Any:
     """A contiguous fp32, bf16 or fp16 tensor as a flat array that shares its memory."""
     return x.detach().view(-1).view(VIEWS.get(x.dtype, x.dtype)).numpy()
+
+
+# An element by which a compiled loop knows the type of an array that it is given the address of.
+LIKE = {
+    dtype: torch.empty(1, dtype=VIEWS.get(dtype, dtype)).numpy()[0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any, like: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.intp, like), generate
+
+
+@numba.njit(inline="always")
+def array_at(address: Any, size: Any, like: Any) -> Any:
+    """The array of `size` elements like this one at an address.
+
+    A loop that takes addresses is called in half the time: an array per tensor is made of several
+    objects, and each takes the longer where a matrix product has just emptied the caches.
+    """
+    return numba.carray(_pointer(address, like), size)
 
 
 _INT16, _INT32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()

@@ -33,9 +33,10 @@ Example  x = 0, 1, .., 63 with G = 64 and 4 bits: zero = 0, scale = 63/15 = 4.2 
          else 2, and comes back as 12.65625 or 8.4375, on average 10.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +72,9 @@ class Noise:
     rank: int
 
     def __post_init__(self) -> None:
+        # One is made for every tensor: all at once what is true of all.
+        if 0 <= self.seed < 1 << 64 and 0 <= (self.stream | self.step | self.rank) < 1 << 32:
+            return
         for name, bits in (("seed", 64), ("stream", 32), ("step", 32), ("rank", 32)):
             value = getattr(self, name)
             if not 0 <= value < 1 << bits:
@@ -207,21 +211,36 @@ def _allocate(x: Tensor, bits: int, group_size: int) -> Quantized:
     )
 
 
+def _fill(
+    x: Tensor, bits: int, group_size: int, noise: Sequence[int], backend: str
+) -> tuple[Quantized, bool | None]:
+    """What was made of x, and whether each group had a scale; None: only its metadata tells."""
+    if backend == "reference" and x.numel():
+        made = quantize_ref(x, bits, group_size, noise)
+        return made, bool((made.meta != NAN_META).all()) if x.device.type == "cpu" else None
+    out = _allocate(x, bits, group_size)
+    if not x.numel():
+        return out, True
+    if backend == "cpu":
+        return out, _cpu_loops().quantize(x, *out, bits, group_size, noise)
+    from .quantize_triton import launch_quantize
+
+    launch_quantize(x, out, bits, group_size, noise)
+    return out, None
+
+
+@functools.cache
+def _cpu_loops() -> Any:
+    """Found once: an import within a function, too, is looked up at every call."""
+    from . import quantize_cpu
+
+    return quantize_cpu
+
+
 def _quantize(
     x: Tensor, bits: int, group_size: int, noise: Sequence[int], backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference" and x.numel():
-        return quantize_ref(x, bits, group_size, noise)
-    out = _allocate(x, bits, group_size)
-    if backend == "cpu" and x.numel():
-        from . import quantize_cpu
-
-        quantize_cpu.quantize(x, *out, bits, group_size, noise)
-    elif x.numel():
-        from .quantize_triton import launch_quantize
-
-        launch_quantize(x, out, bits, group_size, noise)
-    return out
+    return _fill(x, bits, group_size, noise, backend)[0]
 
 
 @torch.library.custom_op("dpmem::quantize", _quantize, mutates_args=()).register_fake
@@ -244,9 +263,7 @@ def _dequantize(
         return dequantize_ref(codes, meta, numel, dtype, bits, group_size)
     out = codes.new_empty(numel, dtype=dtype)
     if backend == "cpu" and numel:
-        from . import quantize_cpu
-
-        quantize_cpu.dequantize(codes, meta, out, bits, group_size)
+        _cpu_loops().dequantize(codes, meta, out, bits, group_size)
     elif numel:
         from .quantize_triton import launch_dequantize
 
@@ -297,6 +314,16 @@ def quantize(
     Raises ValueError for a layout, size, bits, group size or backend out of range, TypeError for
     another dtype, and what `resolve_backend` raises.
     """
+    return quantize_and_tell(x, bits, noise=noise, group_size=group_size, backend=backend)[0]
+
+
+def quantize_and_tell(
+    x: Tensor, bits: int, *, noise: Noise, group_size: int = 128, backend: Backend | None = None
+) -> tuple[Quantized, bool | None]:
+    """`quantize`, and whether each group had a scale, so that none comes back as NaN.
+
+    None: only the metadata tells. The CPU's loop has seen it; to ask a GPU is to wait for it.
+    """
     _check(bits, group_size, x.dtype, x.numel())
     if not x.is_contiguous():
         raise ValueError(
@@ -305,8 +332,8 @@ def quantize(
         )
     chosen = resolve_backend(x.device, backend)
     if is_plain(x):
-        return Quantized(*_quantize(x, bits, group_size, noise.words, chosen))
-    return Quantized(*torch.ops.dpmem.quantize(x, bits, group_size, noise.words, chosen))
+        return _fill(x, bits, group_size, noise.words, chosen)
+    return Quantized(*torch.ops.dpmem.quantize(x, bits, group_size, noise.words, chosen)), None
 
 
 def dequantize(

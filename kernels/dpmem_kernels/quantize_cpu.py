@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cpu_loop import loop
 from .cpu_threads import threads_for
-from .numba_intrinsics import bits_to_float, decode, float_to_bits, typed_array
+from .numba_intrinsics import LIKE, array_at, bits_to_float, decode, float_to_bits
 from .numba_lanes import (
     LANES,
     draw,
@@ -138,36 +138,57 @@ def _meta_of(low_bits: Any, high_bits: Any, bits: int) -> Any:
 @numba.njit
 def _quantize_whole(
     x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any, counter: Any
-) -> None:
-    """Groups that are all there, noise from `counter` on; `codes` as `_quantize_groups` has it."""
-    quarter, halves_out = group_size // 4, codes.size // meta.size
+) -> bool:
+    """Groups that are all there, with noise from `counter` on; whether each had a scale."""
+    quarter, code_bytes = group_size // 4, group_size // 8 * bits
+    whole_codes, halves = True, codes.view(np.uint16)
     for g in range(meta.size):
-        start, out = g * group_size, g * halves_out
+        start, out = g * group_size, g * (code_bytes // 2)
         low_bits, high_bits = _range_of(x[start : start + group_size])
         found = _meta_of(low_bits, high_bits, bits)
         meta[g] = np.int32(found)
         first = np.uint32(counter + g * (group_size // 8))
         if found == np.uint32(NAN_META):
-            codes[out : out + halves_out] = 0
+            codes[g * code_bytes : (g + 1) * code_bytes] = 0
+            whole_codes = False
         elif bits == 8:
-            _encode_bytes(x, start, codes, out, quarter, found, noise, first)
+            _encode_bytes(x, start, halves, out, quarter, found, noise, first)
         elif bits == 4:
-            _encode_fields(x, start, codes, out, 4, quarter, found, noise, first)
+            _encode_fields(x, start, halves, out, 4, quarter, found, noise, first)
         else:
-            _encode_fields(x, start, codes, out, 2, quarter, found, noise, first)
+            _encode_fields(x, start, codes, g * code_bytes, 2, quarter, found, noise, first)
+    return whole_codes
 
 
 @loop()
 def _quantize_groups(
-    x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any, first: int, last: int
-) -> None:
-    """Groups first .. last. `codes` as halves of the format's words: bytes for 2 bits."""
-    words, halves_out = group_size // 8, codes.size // meta.size
-    whole = min(last, x.size // group_size)
+    x_at: int,
+    like: Any,
+    numel: int,
+    codes_at: int,
+    meta_at: int,
+    bits: int,
+    group_size: int,
+    key_low: int,
+    key_high: int,
+    stream: int,
+    step: int,
+    rank: int,
+    first: int,
+    last: int,
+) -> bool:
+    """Groups first .. last of the tensors at these addresses; whether each had a scale."""
+    words, code_bytes = group_size // 8, group_size // 8 * bits
+    key = np.uint32(key_low), np.uint32(key_high)
+    noise = (*key, np.uint32(stream), np.uint32(step), np.uint32(rank))
+    x = array_at(x_at, numel, like)
+    codes = array_at(codes_at, last * code_bytes, np.uint8(0))
+    meta = array_at(meta_at, last, np.int32(0))
+    whole, all_had = min(last, numel // group_size), True
     if first < whole:
-        _quantize_whole(
+        all_had = _quantize_whole(
             x[first * group_size : whole * group_size],
-            codes[first * halves_out : whole * halves_out],
+            codes[first * code_bytes : whole * code_bytes],
             meta[first:whole],
             bits,
             group_size,
@@ -179,19 +200,49 @@ def _quantize_groups(
         padded = np.empty(group_size, x.dtype)
         padded[: present.size] = present
         padded[present.size :] = present[-1]
-        out = codes[whole * halves_out :]
+        out = codes[whole * code_bytes :]
         counter = np.uint32(whole * words)
-        _quantize_whole(padded, out, meta[whole:], bits, group_size, noise, counter)
+        all_had &= _quantize_whole(padded, out, meta[whole:], bits, group_size, noise, counter)
+    return all_had
 
 
 @loop(parallel=True)
 def _quantize_parallel(
-    x: Any, codes: Any, meta: Any, bits: int, group_size: int, noise: Any
-) -> None:
-    for chunk in numba.prange((meta.size + _CHUNK - 1) // _CHUNK):
+    x_at: int,
+    like: Any,
+    numel: int,
+    codes_at: int,
+    meta_at: int,
+    bits: int,
+    group_size: int,
+    key_low: int,
+    key_high: int,
+    stream: int,
+    step: int,
+    rank: int,
+    groups: int,
+) -> bool:
+    without = 0
+    for chunk in numba.prange((groups + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK
-        last = min(first + _CHUNK, meta.size)
-        _quantize_groups(x, codes, meta, bits, group_size, noise, first, last)
+        last = min(first + _CHUNK, groups)
+        without += not _quantize_groups(
+            x_at,
+            like,
+            numel,
+            codes_at,
+            meta_at,
+            bits,
+            group_size,
+            key_low,
+            key_high,
+            stream,
+            step,
+            rank,
+            first,
+            last,
+        )
+    return without == 0
 
 
 @numba.njit(inline="always")
@@ -221,28 +272,40 @@ def _decode_fields(
 
 @numba.njit
 def _dequantize_whole(codes: Any, meta: Any, out: Any, bits: int, group_size: int) -> None:
-    """Groups that are all there; `codes` as `_dequantize_groups` has it."""
-    quarter, halves_in = group_size // 4, codes.size // meta.size
+    """Groups that are all there."""
+    quarter, code_bytes = group_size // 4, group_size // 8 * bits
+    halves = codes.view(np.uint16)
     for g in range(meta.size):
-        at, start, found = g * halves_in, g * group_size, np.uint32(meta[g])
+        at, start, found = g * (code_bytes // 2), g * group_size, np.uint32(meta[g])
         if bits == 8:
-            _decode_bytes(codes, at, out, start, quarter, found)
+            _decode_bytes(halves, at, out, start, quarter, found)
         elif bits == 4:
-            _decode_fields(codes, at, out, start, 4, quarter, found)
+            _decode_fields(halves, at, out, start, 4, quarter, found)
         else:
-            _decode_fields(codes, at, out, start, 2, quarter, found)
+            _decode_fields(codes, g * code_bytes, out, start, 2, quarter, found)
 
 
 @loop()
 def _dequantize_groups(
-    codes: Any, meta: Any, out: Any, bits: int, group_size: int, first: int, last: int
+    codes_at: int,
+    meta_at: int,
+    out_at: int,
+    like: Any,
+    numel: int,
+    bits: int,
+    group_size: int,
+    first: int,
+    last: int,
 ) -> None:
-    """Groups first .. last. `codes` as halves of the format's words: bytes for 2 bits."""
-    halves_in = codes.size // meta.size
-    whole = min(last, out.size // group_size)
+    """Groups first .. last of the tensors at these addresses."""
+    code_bytes = group_size // 8 * bits
+    codes = array_at(codes_at, last * code_bytes, np.uint8(0))
+    meta = array_at(meta_at, last, np.int32(0))
+    out = array_at(out_at, numel, like)
+    whole = min(last, numel // group_size)
     if first < whole:
         _dequantize_whole(
-            codes[first * halves_in : whole * halves_in],
+            codes[first * code_bytes : whole * code_bytes],
             meta[first:whole],
             out[first * group_size : whole * group_size],
             bits,
@@ -250,46 +313,64 @@ def _dequantize_groups(
         )
     if whole < last:
         padded = np.empty(group_size, out.dtype)
-        _dequantize_whole(codes[whole * halves_in :], meta[whole:], padded, bits, group_size)
+        _dequantize_whole(codes[whole * code_bytes :], meta[whole:], padded, bits, group_size)
         row = out[whole * group_size :]
         row[:] = padded[: row.size]
 
 
 @loop(parallel=True)
-def _dequantize_parallel(codes: Any, meta: Any, out: Any, bits: int, group_size: int) -> None:
-    for chunk in numba.prange((meta.size + _CHUNK - 1) // _CHUNK):
+def _dequantize_parallel(
+    codes_at: int,
+    meta_at: int,
+    out_at: int,
+    like: Any,
+    numel: int,
+    bits: int,
+    group_size: int,
+    groups: int,
+) -> None:
+    for chunk in numba.prange((groups + _CHUNK - 1) // _CHUNK):
         first = chunk * _CHUNK
-        last = min(first + _CHUNK, meta.size)
-        _dequantize_groups(codes, meta, out, bits, group_size, first, last)
-
-
-def _halves(codes: Tensor, bits: int) -> Any:
-    """The format's words, 16 bits wide for 2 bits and else 32, as an array of their halves."""
-    return codes.numpy().view(np.uint8 if bits == 2 else np.uint16)
+        last = min(first + _CHUNK, groups)
+        _dequantize_groups(codes_at, meta_at, out_at, like, numel, bits, group_size, first, last)
 
 
 def quantize(
     x: Tensor, codes: Tensor, meta: Tensor, bits: int, group_size: int, noise: Sequence[int]
-) -> None:
-    """Fill `codes` and `meta` from x, which has an element or more."""
+) -> bool:
+    """Fill `codes` and `meta` from x, which has an element or more; whether each group had a scale.
+
+    All three are contiguous.
+    """
+    x, groups = x.resolve_neg(), meta.numel()
     arguments = (
-        typed_array(x),
-        _halves(codes, bits),
-        meta.numpy(),
+        x.data_ptr(),
+        LIKE[x.dtype],
+        x.numel(),
+        codes.data_ptr(),
+        meta.data_ptr(),
         bits,
         group_size,
-        tuple(np.array(noise, np.uint32)),
+        *noise,
     )
-    if threads_for(meta.numel() // _CHUNK) == 1:
-        _quantize_groups(*arguments, 0, meta.numel())
-    else:
-        _quantize_parallel(*arguments)
+    if threads_for(groups // _CHUNK) == 1:
+        return _quantize_groups(*arguments, 0, groups)
+    return _quantize_parallel(*arguments, groups)
 
 
 def dequantize(codes: Tensor, meta: Tensor, out: Tensor, bits: int, group_size: int) -> None:
-    """Fill `out`, which has an element or more."""
-    arguments = (_halves(codes, bits), meta.numpy(), typed_array(out), bits, group_size)
-    if threads_for(meta.numel() // _CHUNK) == 1:
-        _dequantize_groups(*arguments, 0, meta.numel())
+    """Fill `out`, which has an element or more. All three are contiguous."""
+    groups = meta.numel()
+    arguments = (
+        codes.data_ptr(),
+        meta.data_ptr(),
+        out.data_ptr(),
+        LIKE[out.dtype],
+        out.numel(),
+        bits,
+        group_size,
+    )
+    if threads_for(groups // _CHUNK) == 1:
+        _dequantize_groups(*arguments, 0, groups)
     else:
-        _dequantize_parallel(*arguments)
+        _dequantize_parallel(*arguments, groups)

@@ -26,6 +26,7 @@ from dpmem_kernels.quantize import (
     dequantize,
     fma_ref,
     quantize,
+    quantize_and_tell,
 )
 from dpmem_kernels.quantize_triton import launch_dequantize, launch_quantize
 
@@ -305,6 +306,28 @@ def test_a_tensor_that_requires_grad_is_compressed_like_any_other() -> None:
         found = quantize(torch.nn.Parameter(x), 4, noise=NOISE, backend=backend)
         assert _same_integers(found, expected)
         assert not found.codes.requires_grad
+
+
+def test_a_lazily_negated_tensor_is_compressed_as_what_it_stands_for() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    assert _same_integers(
+        quantize(negated, 4, noise=NOISE, backend="cpu"),
+        quantize(-x, 4, noise=NOISE, backend="cpu"),
+    )
+
+
+@pytest.mark.parametrize("bad", [[], [0], [3], [0, 7]], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_it_is_told_whether_each_group_had_a_scale(backend: Backend, bad: list[int]) -> None:
+    x = torch.randn(4 * 64 * 512, generator=torch.Generator().manual_seed(0))
+    x[[group * 64 for group in bad]] = float("nan")
+    for part in (x, x[: 5 * 64 * 2 - 1]):
+        stored, told = quantize_and_tell(part, 4, noise=NOISE, group_size=64, backend=backend)
+        assert told is bool((stored.meta != NAN_META).all())
+    metadata_alone = quantize_and_tell(x, 4, noise=NOISE, group_size=64, backend="triton")[1]
+    assert metadata_alone is None
 
 
 def test_mistakes_are_refused() -> None:
