@@ -66,16 +66,25 @@ class OnDevice:
 class Form:
     """`numel` values of `dtype`; `bits` of each are kept."""
 
-    __slots__ = ("__weakref__", "_restored", "bits", "dtype", "kept", "numel")
+    __slots__ = ("__weakref__", "_held", "_restored", "bits", "dtype", "kept", "numel")
 
     def __init__(self, kept: Kept, flat: Tensor, bits: int) -> None:
         self.kept, self.bits = kept, bits
         self.numel, self.dtype = flat.numel(), flat.dtype
         # By storage, not by tensor: autograd keeps a restored view's storage, not its base.
         self._restored: StorageWeakRef | None = None
+        self._held: Tensor | None = None
+
+    def restore_for_two(self) -> Tensor:
+        """`restore`, for one who knows that the next to ask comes soon: for that one it is held."""
+        self._held = flat = self.restore()
+        return flat
 
     def restore(self) -> Tensor:
         """The values, flat, in memory order."""
+        held, self._held = self._held, None
+        if held is not None:
+            return held
         if self._restored is not None:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
             if storage is not None:
@@ -255,13 +264,20 @@ def unchanged(tensor: Tensor, version: int) -> Tensor:
 class Recomputed:
     """The result of arithmetic (`0.5 * x`, `x + x**3`) on a storage that is kept."""
 
-    __slots__ = ("_recompute", "_restored", "_source", "bits", "dtype", "numel")
+    __slots__ = ("_affine", "_recompute", "_source", "bits", "numel")
 
-    def __init__(self, source: Any, recompute: Callable[[Tensor], Tensor], tensor: Tensor) -> None:
+    def __init__(
+        self, source: Any, recompute: Callable[[Tensor], Tensor], tensor: Tensor, *, affine: bool
+    ) -> None:
         self._source, self._recompute, self.bits = source, recompute, source.bits
-        self.numel, self.dtype = tensor.numel(), tensor.dtype
+        self.numel, self._affine = tensor.numel(), affine
 
     def restore(self) -> Tensor:
-        flat = self._source.restore().as_strided((self.numel,), (1,), 0)
+        """The values, flat, in memory order."""
+        source = self._source
+        # What is not affine saved its argument, and its own backward, where argument, gradient and
+        # result are of one size, is the next: to hold the argument until then raises no peak.
+        kept = source.restore() if self._affine else source.restore_for_two()
+        flat = kept.as_strided((self.numel,), (1,), 0)
         with torch.no_grad():
             return self._recompute(flat)

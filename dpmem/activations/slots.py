@@ -40,6 +40,12 @@ class Slot:
         assert self.values is not None
         return self.values.restore()
 
+    def restore_for_two(self) -> Tensor:
+        """`restore`, where the next who asks comes soon."""
+        values = self.values
+        assert values is not None
+        return values.restore_for_two() if isinstance(values, Form) else values.restore()
+
     def restore_sign(self) -> Tensor:
         """A tensor over the whole storage whose values are positive where its are."""
         return self.restore() if self.sign is None else self.sign.restore()

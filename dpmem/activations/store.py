@@ -302,7 +302,7 @@ class ActivationStore:
             return False
         if source.bits < max(bits, derivation.least_bits):
             return False
-        slot.values = Recomputed(source, derivation.recompute, tensor)
+        slot.values = Recomputed(source, derivation.recompute, tensor, affine=derivation.affine)
         return True
 
     def _slot_of(self, tensor: Tensor) -> Slot | None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import dpmem.activations.forms as forms
@@ -42,6 +43,35 @@ def test_one_storage_is_compressed_once() -> None:
     step = float(x.max() - x.min()) / 15 * (1 + 2**-6)
     assert float((weight.grad - x.sum(1)).abs().max()) <= 3 * step
     assert float((other.grad - x.transpose(1, 2)).abs().max()) <= step
+
+
+def test_what_is_computed_again_and_its_argument_are_restored_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The product's backward computes gelu again from its input, and gelu's own is the next."""
+    restored = []
+
+    def noted(*arguments: object, **options: object) -> Tensor:
+        flat = dequantize(*arguments, **options)
+        restored.append(StorageWeakRef(flat.untyped_storage()))
+        return flat
+
+    monkeypatch.setattr(forms, "dequantize", noted)
+    torch.manual_seed(0)
+    x = torch.randn(16, 64, requires_grad=True)
+    contract = nn.Linear(64, 64)
+    h = x * 1.0
+    with store_for(contract):
+        y = contract(F.gelu(h)).sum()
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert len(restored) == 1
+    # Nor is it held longer than that.
+    assert restored[0].expired()
+    y.backward()
+    assert torch.equal(x.grad, first)
+    del y
+    assert len(restored) == 2
+    assert all(storage.expired() for storage in restored)
 
 
 def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch) -> None:
