@@ -138,6 +138,31 @@ def store_floats(_context: Any, array: Any, index: Any, values: Any) -> Any:
     return types.void(array, types.intp, _floats), generate
 
 
+def _prefetched(array: Any, *, to_write: int) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, _ = _address(context, builder, signature.args[0], *arguments)
+        address = builder.bitcast(address, ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [address.type, _INT32, _INT32, _INT32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # Into the nearest cache, of data.
+        builder.call(fetch, [address, _INT32(to_write), _INT32(3), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def will_read(_context: Any, array: Any, index: Any) -> Any:
+    """Let the processor fetch array[index : index + 16], which may lie past the end."""
+    return _prefetched(array, to_write=0)
+
+
+@intrinsic
+def will_write(_context: Any, array: Any, index: Any) -> Any:
+    """The same of elements that will be written."""
+    return _prefetched(array, to_write=1)
+
+
 @intrinsic
 def load_words(_context: Any, array: Any, index: Any) -> Any:
     """array[index : index + 16] of unsigned integers."""
