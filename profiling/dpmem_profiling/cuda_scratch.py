@@ -92,6 +92,22 @@ def _multiple(size: int, of: int) -> int:
     return -(-size // of) * of
 
 
+def _softmax_backward(args: Any) -> Iterator[int]:
+    """SoftMax.cu, softmax_backward_cuda_out: the gradient times the result."""
+    yield _bytes_of(args[0])
+
+
+def _safe_softmax(args: Any) -> Iterator[int]:
+    """transformers/attention.cpp: an ordinary softmax, and whether each element is -inf. From both
+    it makes the result, where rows that are wholly so are zero."""
+    yield _bytes_of(args[0])
+    yield args[0].numel()
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _embedding_backward(args: Any) -> Iterator[int]:
     """Embedding.cu and EmbeddingBackwardKernel.cu: indices sorted, where they came from, and
     partial sums, one for each index that occurs and one for every 10 indices.
@@ -137,15 +153,15 @@ def _copies(*operands: Tensor) -> int:
     kernel when the allocator refuses a workspace.
     """
     return sum(
-        operand.numel() * operand.element_size()
-        for operand in operands
-        if operand.shape[1] > 1 and operand.stride(1) > 1
+        _bytes_of(operand) for operand in operands if operand.shape[1] > 1 and operand.stride(1) > 1
     )
 
 
 _PASSING = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_attention_backward,
+    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten._safe_softmax.default: _safe_softmax,
     _aten.embedding_dense_backward.default: _embedding_backward,
 }
 _POSSIBLE = {

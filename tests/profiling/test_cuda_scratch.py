@@ -112,6 +112,31 @@ def test_attention_sums_a_gradient_in_single_precision() -> None:
     assert workspaces(single) == [FLOAT_BYTES * 3 * 4 * 100 * 40, FLOAT_BYTES * 3 * 4 * 100]
 
 
+def test_softmax_backward_multiplies_first() -> None:
+    made = traced(lambda: nn.Sequential(nn.Linear(10, 7), nn.Softmax(dim=-1)), 3, images)
+    # Beside cuBLAS, which multiplies matrices in both threads.
+    products = [FLOAT_BYTES * 3 * 6 * 10 * 7]
+    assert [size_bytes for size_bytes in workspaces(made) if size_bytes != 512] == products
+
+
+def test_attention_of_the_math_kernel_looks_for_rows_without_a_key() -> None:
+    class Windows(nn.Module):
+        """Of five dimensions, which no fused kernel takes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            query = self.scale * x
+            return F.scaled_dot_product_attention(query, query, query)
+
+    made = traced(Windows, 3, lambda n: torch.empty(n, 2, 5, 11, 8))
+    scores = 3 * 2 * 5 * 11 * 11
+    found = [size_bytes for size_bytes in workspaces(made) if size_bytes != 512]
+    assert found == [FLOAT_BYTES * scores, scores, FLOAT_BYTES * scores]
+
+
 def tokens(n: int) -> Tensor:
     return torch.zeros(n, 33, dtype=torch.long)
 
