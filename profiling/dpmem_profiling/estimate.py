@@ -323,6 +323,7 @@ def _traced_kernels(gpu: Gpu) -> Kernels:
 
 
 def _attention_class(gpu: Gpu) -> tuple[int, int]:
-    """The oldest architecture with the same attention kernels: see cuda_semantics."""
+    """The oldest architecture with the same attention kernels and tensor cores: see cuda_semantics
+    and cuda_scratch."""
     recent = (8, 0)
     return recent if gpu.architecture is None else min(gpu.architecture, recent)

@@ -92,6 +92,8 @@ class Trace:
     step_starts  index into `changes` where each step begins; what is before is building
     possible     workspaces that cuDNN may take for a moment and need not: index into `changes`, and
                  bytes at most
+    emptied      index into `changes` before which the allocator's cache is emptied, as it is when
+                 cuDNN has tried its kernels
     notes        sentences a reader needs to judge the figures
     """
 
@@ -102,6 +104,7 @@ class Trace:
     changes: tuple[Change, ...]
     step_starts: tuple[int, ...]
     possible: tuple[tuple[int, int], ...]
+    emptied: tuple[int, ...]
     notes: tuple[str, ...]
 
 
@@ -113,6 +116,8 @@ def between(low: Trace, high: Trace, batch_size: int) -> Trace | None:
     not, or where a size is no such line; a workspace may be one to a rounding.
     """
     if len(low.changes) != len(high.changes) or len(low.possible) != len(high.possible):
+        return None
+    if low.emptied != high.emptied:
         return None
     span = high.batch_size - low.batch_size
     steps = batch_size - low.batch_size
@@ -160,9 +165,7 @@ def trace(
     needs data, and whatever the job raises.
     """
     mode = _Fakes(allow_non_fake_inputs=True)
-    scratch: ScratchOf = cpu_scratch
-    if kernels is not None:
-        scratch = CudaScratch(kernels.cublas_workspace_bytes)
+    scratch: ScratchOf = cpu_scratch if kernels is None else CudaScratch(*kernels)
     semantics = nullcontext() if kernels is None else cuda_semantics(kernels.architecture)
     # Sizes as asked for: what rounds them is the allocator, and what interpolates wants them exact.
     tracker = MemoryTracker(_CPU, block_bytes=1, scratch=scratch, fakes=True)
@@ -204,6 +207,7 @@ def trace(
         ),
         step_starts=tuple(starts),
         possible=tuple(tracker.possible),
+        emptied=tuple(tracker.emptied),
         notes=(
             *stand_in.notes(),
             *compiled.notes(),

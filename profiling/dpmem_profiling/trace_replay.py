@@ -37,13 +37,19 @@ def replay_allocations(
     """Run a trace through the caching allocator's model; `capacity_bytes` None has no end.
 
     with_possible  cuDNN takes every workspace that it may take
+
+    A convolution's workspace that there is no memory for is not taken: cuDNN goes on to its next
+    kernel (Conv_v8.cpp, try_plans).
     """
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
     sizes: dict[int, int] = {}
     addresses: dict[int, int] = {}
     possible = dict(traced.possible) if with_possible else {}
+    emptied = set(traced.emptied)
     try:
         for index, change in enumerate(traced.changes):
+            if index in emptied:
+                allocator.empty_cache()
             if workspace_bytes := possible.get(index):
                 allocator.free(allocator.malloc(workspace_bytes))
             number = change.storage
@@ -54,12 +60,21 @@ def replay_allocations(
             # A storage that is resized moves: the new block is taken before the old one goes.
             old = addresses.pop(number, None)
             if size_bytes:
-                addresses[number] = allocator.malloc(size_bytes)
+                try:
+                    addresses[number] = allocator.malloc(size_bytes)
+                except OutOfDeviceMemory:
+                    if not _can_be_spared(traced, number):
+                        raise
             if old is not None:
                 allocator.free(old)
     except OutOfDeviceMemory:
         return Peaks(None, allocator.n_retries)
     return Peaks(allocator.peak_reserved_bytes, allocator.n_retries)
+
+
+def _can_be_spared(traced: Trace, number: int) -> bool:
+    operator = traced.storages[number].op or ""
+    return traced.categories[number] == "workspace" and operator.startswith("aten.convolution")
 
 
 def rounded(changes: tuple[Change, ...]) -> tuple[Change, ...]:

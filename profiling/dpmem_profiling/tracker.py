@@ -82,10 +82,14 @@ class StorageInfo:
 
 class Scratch(NamedTuple):
     """What an operator allocates beside its results: it stays, passes when the operator returns,
-    or passes and need not have been there."""
+    follows the results and is given back at once, does so while kernels are tried, or passes and
+    need not have been there.
+
+    Where kernels are tried, the allocator's cache is emptied, and the best one takes as much again.
+    """
 
     size_bytes: int
-    what: Literal["stays", "passes", "is possible"]
+    what: Literal["stays", "passes", "follows", "is tried", "is possible"]
 
 
 # (operator, arguments, result) -> its scratch
@@ -103,7 +107,8 @@ class MemoryTracker(TorchDispatchMode):
     Inside the block any operator raises MemoryLimitExceeded when the live bytes are more than
     `limit_bytes`. `scratch` tells of memory that operators take for themselves, where that is
     known; its numbers are in `workspaces`. What is only possible is no change: `possible` has its
-    bytes, beside the number of changes before it. Fake tensors count where `fakes` is set; where
+    bytes, beside the number of changes before it; `emptied` has that number for each time when the
+    allocator's cache is emptied. Fake tensors count where `fakes` is set; where
     tensors are real, somebody works out a shape with them.
     """
 
@@ -124,6 +129,7 @@ class MemoryTracker(TorchDispatchMode):
         self.fakes = fakes
         self.workspaces: set[int] = set()
         self.possible: list[tuple[int, int]] = []
+        self.emptied: list[int] = []
         self.storages: list[StorageInfo] = []
         self.changes: list[Change] = []
         self.live_bytes = 0
@@ -173,9 +179,14 @@ class MemoryTracker(TorchDispatchMode):
                     # A view of memory from before the tracker, such as a data set's.
                     continue
             self._see(leaf, func)
-        for item in scratch:
-            if item.what == "is possible":
-                self.possible.append((len(self.changes), item.size_bytes))
+        for size_bytes, what in scratch:
+            if what == "is possible":
+                self.possible.append((len(self.changes), size_bytes))
+            if what == "is tried":
+                self._pass(size_bytes, func)
+                self.emptied.append(len(self.changes))
+            if what in ("is tried", "follows"):
+                self._pass(size_bytes, func)
         for number in passing:
             self._resize(number, 0)
         self._check_limit(func)
@@ -185,24 +196,31 @@ class MemoryTracker(TorchDispatchMode):
         """Register what an operator takes beside its results; return what it gives back after."""
         passing = []
         for size_bytes, what in scratch:
-            if what == "is possible":
-                continue
-            number = len(self.storages)
-            self.storages.append(
-                StorageInfo(
-                    size_bytes=0,
-                    shape=(size_bytes,),
-                    dtype="uint8",
-                    phase=self.phase,
-                    module=self._running[-1] if self._running else None,
-                    op=str(func.overloadpacket),
-                )
-            )
-            self.workspaces.add(number)
-            self._resize(number, size_bytes)
-            if what == "passes":
-                passing.append(number)
+            if what in ("stays", "passes"):
+                number = self._workspace(size_bytes, func)
+                if what == "passes":
+                    passing.append(number)
         return passing
+
+    def _pass(self, size_bytes: int, func: Any) -> None:
+        if size_bytes:
+            self._resize(self._workspace(size_bytes, func), 0)
+
+    def _workspace(self, size_bytes: int, func: Any) -> int:
+        number = len(self.storages)
+        self.storages.append(
+            StorageInfo(
+                size_bytes=0,
+                shape=(size_bytes,),
+                dtype="uint8",
+                phase=self.phase,
+                module=self._running[-1] if self._running else None,
+                op=str(func.overloadpacket),
+            )
+        )
+        self.workspaces.add(number)
+        self._resize(number, size_bytes)
+        return number
 
     def see(self, tensor: Tensor) -> list[int]:
         """Take note of a tensor that no tracked operator made; return its storages' numbers."""

@@ -1,14 +1,19 @@
 """What CUDA's operators take beside their results: each rule at sizes worked out by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpmem_profiling import Job
+from dpmem_profiling import AllocatorSettings, Job
+from dpmem_profiling.cuda_semantics import Architecture
 from dpmem_profiling.trace import Kernels, Trace, between, trace
+from dpmem_profiling.trace_replay import replay_allocations
+from dpmem_profiling.tracker import Change
 
 KERNELS = Kernels(architecture=(8, 6), cublas_workspace_bytes=512)
 FLOAT_BYTES = 4
@@ -82,6 +87,89 @@ def test_possible_workspaces_are_lines_in_the_batch() -> None:
         assert made.possible == traced(model, n, images, 2).possible
 
 
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_the_fastest_convolution_copies_what_it_reads() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.Conv2d(6, 9, 3, bias=False))
+
+    x, weight, out = 5 * 6 * 10 * 10, 9 * 6 * 3 * 3, 5 * 9 * 8 * 8
+    # The layer of 1x1 multiplies matrices as they are. In backward the input's gradient is first.
+    runs = [FLOAT_BYTES * size for size in (x + weight, out + weight, out + x)]
+    made = traced(model, 5, images, steps=2)
+    # In the first step each is taken twice: while kernels are tried, then by the best.
+    assert workspaces(made) == [runs[0], runs[0], runs[1], runs[1], runs[2], runs[2], *runs]
+    assert [size_bytes for _, size_bytes in made.possible][1:3] == [
+        FLOAT_BYTES * (x + weight + out)
+    ] * 2
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_the_cache_is_emptied_for_each_convolution_that_is_met_first() -> None:
+    def model() -> nn.Module:
+        layers = [nn.Conv2d(6, 6, 3, padding=1, bias=False) for _ in range(3)]
+        return nn.Sequential(*layers, nn.Conv2d(6, 6, 3, bias=False))
+
+    made = traced(model, 5, images, steps=2)
+    # Two kinds of layers: forward, input and weight. Only the first layer's input has no gradient.
+    assert len(made.emptied) == 2 * 3
+    assert max(made.emptied) < made.step_starts[1]
+    assert traced(lambda: nn.Conv2d(6, 12, 3, groups=6), 5, images).emptied == ()
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_without_tensor_cores_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(architecture: Architecture | None, dtype: torch.dtype) -> bool:
+        def loss(model: nn.Module, batch: Tensor) -> Any:
+            return model(batch.to(dtype)).square().mean()
+
+        job = Job(lambda: nn.Conv2d(6, 9, 3, dtype=dtype), images, loss)
+        return bool(workspaces(trace(job, 5, Kernels(architecture, 512), steps=1)))
+
+    assert copied((7, 0), torch.float16)
+    assert not copied((7, 5), torch.float32)
+    assert not copied((7, 5), torch.bfloat16)
+    assert copied((8, 0), torch.float32)
+    assert not copied((8, 0), torch.float64)
+    assert not copied(None, torch.float16)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not copied((8, 0), torch.float32)
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_what_is_tried_is_a_line_in_the_batch() -> None:
+    def model() -> nn.Module:
+        return nn.Conv2d(6, 9, 3)
+
+    low, high = traced(model, 3, images, 2), traced(model, 10, images, 2)
+    made, real = between(low, high, 50), traced(model, 50, images, 2)
+    assert made is not None
+    assert made.emptied == real.emptied
+    assert [change.delta_bytes for change in made.changes] == [
+        change.delta_bytes for change in real.changes
+    ]
+    assert between(low, replace(high, emptied=high.emptied[1:]), 50) is None
+
+
+@pytest.mark.usefixtures("benchmark")
+def test_a_convolution_goes_without_what_there_is_no_memory_for() -> None:
+    made = traced(lambda: nn.Conv2d(6, 9, 3), 5000, images)
+    settings = AllocatorSettings()
+    peak_bytes = replay_allocations(made, settings, None).reserved_bytes
+    assert peak_bytes is not None
+    least = replace(made, changes=tuple(c for c in made.changes if not is_workspace(made, c)))
+    least_bytes = replay_allocations(replace(least, emptied=()), settings, None).reserved_bytes
+    assert least_bytes is not None
+    assert least_bytes < peak_bytes
+    with_less = replay_allocations(made, settings, least_bytes)
+    assert with_less.reserved_bytes is not None
+    assert with_less.reserved_bytes <= least_bytes
+
+
 class Attention(nn.Module):
     """Of 4 heads of 40 to 2 groups, of 100 tokens, in half precision."""
 
@@ -141,13 +229,15 @@ def tokens(n: int) -> Tensor:
     return torch.zeros(n, 33, dtype=torch.long)
 
 
+def is_workspace(made: Trace, change: Change) -> bool:
+    return change.storage is not None and made.categories[change.storage] == "workspace"
+
+
 def workspaces(made: Trace) -> list[int]:
     return [
         change.delta_bytes
         for change in made.changes
-        if change.storage is not None
-        and made.categories[change.storage] == "workspace"
-        and change.delta_bytes > 0
+        if is_workspace(made, change) and change.delta_bytes > 0
     ]
 
 
