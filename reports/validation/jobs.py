@@ -8,7 +8,7 @@ exploratory, as nobody stated their recipe. README.md holds the facts of the run
 import csv
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -113,13 +113,26 @@ def job(row: Row, *, zero_grad: ZeroGrad = "start") -> Job:
     return build(row, zero_grad)
 
 
-def timm_job(model: str, *, optimizer: str = "sgd", image: int | None = None) -> Job:
-    """The assumed step of a timm row: fp32, the model's own image size, torch.optim's defaults.
+def timm_job(model: str) -> Job:
+    """The assumed step of a timm row: what timm's train.py does by default.
 
-    Nobody stated the optimizer or the image size of these runs.
+    Nobody stated the recipe of these runs.
     """
-    size = "" if image is None else f"&image={image}"
-    return load_job(f"timm:{model}?optimizer={optimizer}&lr={LEARNING_RATE}{size}")
+    return replace(load_job(f"timm:{model}"), optimizer=_timm_sgd)
+
+
+def _timm_sgd(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """timm/optim/optim_factory.py with train.py's defaults: vectors do not decay.
+
+    The momentum moves slopes, although it has the size of the weights: it lies among what samples
+    need, in blocks that they would fit again.
+    """
+    vectors: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in parameters:
+        (vectors if parameter.ndim <= 1 else others).append(parameter)
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": others, "weight_decay": 2e-5}]
+    return torch.optim.SGD(groups, lr=LEARNING_RATE, momentum=0.9, nesterov=True)
 
 
 # The models that the source names, which are more than the rows have: torchvision's builders, and

@@ -151,6 +151,13 @@ def test_timm_rows_have_a_job(jobs: ModuleType) -> None:
     context = context_of(job, 2)
     run_step(job, context)
     assert isinstance(context.optimizer, torch.optim.SGD)
+    # timm/optim/optim_factory.py, with the defaults of timm's train.py.
+    no_decay, decay = context.optimizer.param_groups
+    assert (no_decay["weight_decay"], decay["weight_decay"]) == (0, 2e-5)
+    assert {parameter.ndim for parameter in no_decay["params"]} == {1}
+    assert min(parameter.ndim for parameter in decay["params"]) > 1
+    for group in (no_decay, decay):
+        assert (group["momentum"], group["nesterov"]) == (0.9, True)
     assert job.batch(1)[0].shape == (1, 3, 160, 160)
     timm = importlib.import_module("timm")
     unknown = {row.model for row in jobs.timm_rows() if not timm.is_model(row.model)}
