@@ -33,8 +33,8 @@ RESULTS = HERE / "timm_slopes.json"
 # The first version that has all models which were run; later ones changed what some of them save.
 TIMM = "1.0.9"
 RECIPE = (
-    f"timm {TIMM} and its train.py as it comes, that is fp32, SGD, the model's own image size and "
-    "batches that are prefetched"
+    f"timm {TIMM} and its train.py as it comes, that is fp32, SGD with momentum, cudnn.benchmark, "
+    "the model's own image size and batches that are prefetched"
 )
 # What costs less than this part of what a sample cost before is no training run: see `ended_early`.
 LEAST_GROWTH = 0.25
@@ -86,6 +86,20 @@ def ended_early() -> set[str]:
     return models
 
 
+def off_the_line(models: set[str]) -> list[float]:
+    """How far batches between a model's first and last are off the line between those, as parts of
+    its rise: what no forecast that is a line can foresee."""
+    parts = []
+    for model, rows in runs().items():
+        if model in models:
+            first, last = rows[0], rows[-1]
+            rise = last.whole_gpu_bytes - first.whole_gpu_bytes
+            for row in rows[1:-1]:
+                on_line = measured_slope(first, last) * (row.batch_size - first.batch_size)
+                parts.append((row.whole_gpu_bytes - first.whole_gpu_bytes - on_line) / rise)
+    return parts
+
+
 def measured_slope(first: TimmRow, last: TimmRow) -> float:
     """Measured bytes per sample."""
     return (last.whole_gpu_bytes - first.whole_gpu_bytes) / (last.batch_size - first.batch_size)
@@ -94,6 +108,8 @@ def measured_slope(first: TimmRow, last: TimmRow) -> float:
 def forecast_bytes(first: TimmRow, last: TimmRow) -> float:
     """The slope of what the allocator reserves at its peak on the A100."""
     torch.set_num_threads(1)
+    # As train.py does.
+    torch.backends.cudnn.benchmark = True
     gpu = GPUS["a100-40gb"]
     job = timm_job(first.model)
     forecast = Forecast(job)
@@ -181,6 +197,7 @@ def table(slopes: list[Slope]) -> list[str]:
         figures = " | ".join(f"{100 * figure:.1f}%" for figure in summary(errors))
         signed = f"{100 * statistics.median(errors):+.1f}%"
         lines.append(f"| {title} | {len(chosen)} | {figures} | {signed} |")
+    lines += ["", *straightness({slope.model for slope in complete})]
     lines += [
         "",
         "Ended early: a run whose samples cost less than a quarter of what they cost at the batch "
@@ -200,6 +217,19 @@ def table(slopes: list[Slope]) -> list[str]:
             f"{slope.measured_bytes / 2**20:.2f} | {forecast} | {error} |"
         )
     return lines
+
+
+def straightness(models: set[str]) -> list[str]:
+    """What the measurements themselves leave open, as Markdown."""
+    parts = off_the_line(models)
+    if not parts:
+        return []
+    median, ninetieth, largest, _ = (f"{100 * figure:.1f}%" for figure in summary(parts))
+    return [
+        f"The measurements are no lines themselves. Of models that did not end early, the "
+        f"{len(parts)} batches between the first and the last are off the line between those by a "
+        f"median of {median} of the rise, p90 {ninetieth}, at most {largest}."
+    ]
 
 
 if __name__ == "__main__":
