@@ -181,6 +181,8 @@ def table(slopes: list[Slope]) -> list[str]:
     found = [slope for slope in slopes if slope.forecast_bytes is not None]
     died = ended_early()
     complete = [slope for slope in found if slope.model not in died]
+    told = {model for model, rows in runs().items() if len(rows) > 2}
+    seen_complete = [slope for slope in complete if slope.model in told]
     lines = [
         "# Forecast slopes beside measured ones: timm on an A100 40 GB",
         "",
@@ -190,7 +192,11 @@ def table(slopes: list[Slope]) -> list[str]:
         "| models | n | median | p90 | max | under-predicted | median signed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for title, chosen in (("all", found), ("… without those that ended early", complete)):
+    for title, chosen in (
+        ("all", found),
+        ("… without those that ended early", complete),
+        ("… nor those of two batches, which do not tell", seen_complete),
+    ):
         if not chosen:
             continue
         errors = [slope.error() for slope in chosen]
