@@ -264,20 +264,19 @@ def unchanged(tensor: Tensor, version: int) -> Tensor:
 class Recomputed:
     """The result of arithmetic (`0.5 * x`, `x + x**3`) on a storage that is kept."""
 
-    __slots__ = ("_affine", "_recompute", "_source", "bits", "numel")
+    __slots__ = ("_again", "_recompute", "_source", "bits", "numel")
 
     def __init__(
-        self, source: Any, recompute: Callable[[Tensor], Tensor], tensor: Tensor, *, affine: bool
+        self, source: Any, recompute: Callable[[Tensor], Tensor], tensor: Tensor, *, again: bool
     ) -> None:
+        """Of `source`, a slot; `again`: the next backward asks for its values, too."""
         self._source, self._recompute, self.bits = source, recompute, source.bits
-        self.numel, self._affine = tensor.numel(), affine
+        self.numel, self._again = tensor.numel(), again
 
     def restore(self) -> Tensor:
         """The values, flat, in memory order."""
         source = self._source
-        # What is not affine saved its argument, and its own backward, where argument, gradient and
-        # result are of one size, is the next: to hold the argument until then raises no peak.
-        kept = source.restore() if self._affine else source.restore_for_two()
+        kept = source.restore_for_two() if self._again else source.restore()
         flat = kept.as_strided((self.numel,), (1,), 0)
         with torch.no_grad():
             return self._recompute(flat)

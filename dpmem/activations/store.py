@@ -302,7 +302,10 @@ class ActivationStore:
             return False
         if source.bits < max(bits, derivation.least_bits):
             return False
-        slot.values = Recomputed(source, derivation.recompute, tensor, affine=derivation.affine)
+        # What is not affine saved its argument, and its own backward is the next where backward
+        # can go no other way: to hold the argument until then raises no peak.
+        again = not derivation.affine and self._tracker.all_from(derivation.source_key)
+        slot.values = Recomputed(source, derivation.recompute, tensor, again=again)
         return True
 
     def _slot_of(self, tensor: Tensor) -> Slot | None:

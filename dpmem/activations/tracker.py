@@ -144,6 +144,17 @@ class CallTracker(TorchFunctionMode):
         found = None if key is None else self._derived.get(key)
         return found if found is not None and found.result_version == tensor._version else None
 
+    def all_from(self, source_key: int) -> bool:
+        """Is every activation that the running function takes this storage, or arithmetic on it?"""
+        call = self.call
+        return call is not None and all(
+            self.holds(tensor) or self._source_of(tensor) == source_key for tensor in call.tensors()
+        )
+
+    def _source_of(self, tensor: Tensor) -> int | None:
+        found = self.derivation(tensor)
+        return storage_key(tensor) if found is None else found.source_key
+
     def __torch_function__(
         self, func: Any, types: Any, args: Arguments = (), kwargs: Options | None = None
     ) -> Any:

@@ -74,6 +74,36 @@ def test_what_is_computed_again_and_its_argument_are_restored_at_once(
     assert all(storage.expired() for storage in restored)
 
 
+def test_an_argument_is_not_held_while_backward_goes_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the product in silu(gate) * up backward goes to up's layer first, then to silu's."""
+    restored = []
+
+    def noted(*arguments: object, **options: object) -> Tensor:
+        flat = dequantize(*arguments, **options)
+        restored.append((flat.numel(), StorageWeakRef(flat.untyped_storage())))
+        return flat
+
+    monkeypatch.setattr(forms, "dequantize", noted)
+    torch.manual_seed(0)
+    x, gate_layer, up_layer = torch.randn(16, 64), nn.Linear(64, 96), nn.Linear(64, 96)
+    model = nn.ModuleList([gate_layer, up_layer])
+    alive: list[int] = []
+
+    def before_ups_layer(_: Tensor) -> None:
+        alive.extend(numel for numel, storage in restored if not storage.expired())
+
+    with store_for(model):
+        activated = F.silu(gate_layer(x))
+        up = up_layer(x)
+        up.register_hook(before_ups_layer)
+        y = (activated * up).sum()
+    y.backward()
+    assert {numel for numel, _ in restored} >= {16 * 96}
+    assert alive == []
+
+
 def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention asks for query, key and value, three views of one storage: one dequantization."""
     calls = []
