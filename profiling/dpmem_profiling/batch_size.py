@@ -305,11 +305,14 @@ def _limited_by(
     if largest_safe is None:
         return f"batch {first.batch} fits, but within the margin of {format_bytes(margin_bytes)}"
     per_sample = hunt.bytes_per_sample()
-    if largest_safe == hunt.max_batch:
-        if per_sample <= 0:
-            return f"max_batch={hunt.max_batch}; the peak does not grow with the batch"
-        return f"max_batch={hunt.max_batch}; the peak grows by {format_bytes(per_sample)} a sample"
     failure = hunt.lowest_failure(limit_bytes - margin_bytes)
+    if failure is None and hunt.max_batch - largest_safe <= tolerance(largest_safe):
+        most = f"max_batch={hunt.max_batch}"
+        if largest_safe < hunt.max_batch:
+            most += ", at most a percent away"
+        if per_sample <= 0:
+            return f"{most}; the peak does not grow with the batch"
+        return f"{most}; the peak grows by {format_bytes(per_sample)} a sample"
     if failure is not None and failure - largest_safe <= 1 + tolerance(largest_safe):
         if hunt.probes[failure].outcome == "slow":
             return f"time: batch {failure} {hunt.probes[failure].error}"

@@ -310,6 +310,17 @@ def test_a_constant_peak_stops_at_max_batch() -> None:
     assert result.limited_by == "max_batch=3000; the peak does not grow with the batch"
 
 
+def test_less_than_a_percent_below_max_batch_no_more_is_tried() -> None:
+    result = search(
+        prober(lambda batch: 100 + 10 * batch), limit_bytes=10_060, margin_bytes=0, max_batch=1000
+    )
+    assert result.largest_safe == 996
+    assert all(probe.outcome == "fits" for probe in result.probes)
+    assert result.limited_by == (
+        "max_batch=1000, at most a percent away; the peak grows by 10 B a sample"
+    )
+
+
 def test_nothing_fits() -> None:
     result = search(prober(lambda batch: 1500 + batch), limit_bytes=1024, margin_bytes=10)
     assert (result.largest_safe, result.largest_fitting, result.fastest) == (None, None, None)
