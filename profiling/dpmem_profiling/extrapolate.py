@@ -87,15 +87,29 @@ class Requests:
         return peak_bytes
 
 
-# A block's number among those that last; or, of scratch, its number within another or within a gap
-# between two events of those that last.
-Place = int | tuple["Gap | Place", int]
-
-
-class Gap(NamedTuple):
+@dataclass(frozen=True)
+class Gap:
     """Between the events of blocks that last: how many come before."""
 
     events: int
+
+
+@dataclass(frozen=True)
+class Within:
+    """While this block is there: its number among those requested; None: it is not, in this step.
+
+    One step deep, whatever that block is within itself: a list of a thousand tensors, which gives
+    back the last first, nests as many.
+    """
+
+    block: int | None
+
+
+class Place(NamedTuple):
+    """A block's number among those that last, or that of scratch among other scratch `around`."""
+
+    around: Gap | Within | None
+    number: int
 
 
 class Places(NamedTuple):
@@ -108,7 +122,7 @@ class Places(NamedTuple):
 
     lasting: tuple[array[int], array[int]]
     of_blocks: Sequence[Place]
-    scratch: Mapping[Gap | Place, int]
+    scratch: Mapping[Gap | Within | None, int]
 
 
 def _places(events: Sequence[int], streams: Sequence[int], n_held: int) -> Places:
@@ -116,8 +130,8 @@ def _places(events: Sequence[int], streams: Sequence[int], n_held: int) -> Place
     numbers = list(range(n_held))
     lasting = array("i"), array("h")
     of_blocks: list[Place] = []
-    scratch: Counter[Gap | Place] = Counter()
-    within: list[Gap | Place] = []
+    scratch: Counter[Gap | Within | None] = Counter()
+    within: list[Within] = []
     n_lasting = n_held
     for number in events:
         if number != _NEW and is_scratch[number]:
@@ -127,14 +141,14 @@ def _places(events: Sequence[int], streams: Sequence[int], n_held: int) -> Place
         elif is_scratch[len(numbers)]:
             numbers.append(_NEW)
             around = within[-1] if within else Gap(len(lasting[0]))
-            of_blocks.append((around, scratch[around]))
+            within.append(Within(len(of_blocks)))
+            of_blocks.append(Place(around, scratch[around]))
             scratch[around] += 1
-            within.append(of_blocks[-1])
         else:
             lasting[0].append(_NEW)
             lasting[1].append(streams[len(numbers) - n_held])
             numbers.append(n_lasting)
-            of_blocks.append(n_lasting)
+            of_blocks.append(Place(None, n_lasting))
             n_lasting += 1
     return Places(lasting, of_blocks, scratch)
 
@@ -276,12 +290,23 @@ class Extrapolated:
     def _sizes(self) -> list[tuple[int, int]]:
         """Of each block at `high`: its size at `low`, and at `high`."""
         low, high = self.low_requests.places, self.high_requests.places
-        at_low = dict(zip(low.of_blocks, self.low_requests.sizes, strict=True))
+        at_low = {place: block for block, place in enumerate(low.of_blocks)}
+        # Of each block, which it is at `low`.
+        same: list[int | None] = []
         sizes = []
-        for place, size_bytes in zip(high.of_blocks, self.high_requests.sizes, strict=True):
-            if isinstance(place, int) or low.scratch.get(place[0]) == high.scratch[place[0]]:
-                low_bytes = at_low[place]
-            elif place[0] not in low.scratch:
+        for (around, number), size_bytes in zip(
+            high.of_blocks, self.high_requests.sizes, strict=True
+        ):
+            there = around
+            if isinstance(around, Within):
+                assert around.block is not None
+                there = Within(same[around.block])
+            block = at_low.get(Place(there, number))
+            same.append(block)
+            if around is None or low.scratch.get(there) == high.scratch[around]:
+                assert block is not None
+                low_bytes = self.low_requests.sizes[block]
+            elif there not in low.scratch:
                 # A kernel's own.
                 low_bytes = size_bytes
             else:

@@ -193,6 +193,26 @@ def test_kernels_may_take_scratch_at_one_batch_alone(one: str, other: str, alike
     assert low.is_like(high) == high.is_like(low) == alike
 
 
+def test_scratch_may_lie_in_scratch_however_deep() -> None:
+    """A list of tensors gives back the last first, as foreach optimizers do with one for each
+    parameter."""
+
+    def of_a_list(length: int, size_bytes: int) -> Requests:
+        recorder = Recorder()
+        for number in range(length):
+            recorder.takes(number, size_bytes)
+        for number in reversed(range(length)):
+            recorder.gives(number)
+        return recorder.requests()
+
+    length = 100_000
+    known = Extrapolated(1, 2, of_a_list(length, 10), of_a_list(length, 20))
+    assert known(5) == 50 * length
+    # What lies deeper than at the other batch is a kernel's own.
+    known = Extrapolated(1, 2, of_a_list(2, 10), of_a_list(3, 20))
+    assert known(5) == 50 + 50 + 20
+
+
 def test_scratch_of_one_batch_alone_is_constant() -> None:
     # s and t are there once; x, in which they are, twice.
     low, high = recorded("2a5xx3b"), recorded("4a7x9s6ttsx5b")
