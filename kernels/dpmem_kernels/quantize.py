@@ -366,6 +366,11 @@ def dequantize(
             f"{tuple(codes.shape)} and {meta.dtype} {tuple(meta.shape)}; pass the numel, bits and "
             "group_size that quantize was called with"
         )
+    if codes.device != meta.device:
+        raise ValueError(
+            f"codes and metadata must be on one device; received {codes.device} and {meta.device}; "
+            "move both"
+        )
     chosen = resolve_backend(codes.device, backend)
     if is_plain(codes):
         return _dequantize(codes, meta, numel, dtype, bits, group_size, chosen)

@@ -344,6 +344,16 @@ def _dequantize_parallel(
         _dequantize_groups(codes_at, meta_at, out_at, like, numel, bits, group_size, first, last)
 
 
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.data_ptr()
+    if not address:
+        raise ValueError(
+            f"a tensor of {tensor.numel()} {tensor.dtype} must have memory of its own; received "
+            "one whose storage was freed, or that torch made without any; pass its values"
+        )
+    return address
+
+
 def quantize(
     x: Tensor, codes: Tensor, meta: Tensor, bits: int, group_size: int, noise: Sequence[int]
 ) -> bool:
@@ -353,11 +363,11 @@ def quantize(
     """
     x, groups = x.resolve_neg(), meta.numel()
     arguments = (
-        x.data_ptr(),
+        _address(x),
         LIKE[x.dtype],
         x.numel(),
-        codes.data_ptr(),
-        meta.data_ptr(),
+        _address(codes),
+        _address(meta),
         bits,
         group_size,
         *noise,
@@ -371,9 +381,9 @@ def dequantize(codes: Tensor, meta: Tensor, out: Tensor, bits: int, group_size: 
     """Fill `out`, which has an element or more. All three are contiguous."""
     groups = meta.numel()
     arguments = (
-        codes.data_ptr(),
-        meta.data_ptr(),
-        out.data_ptr(),
+        _address(codes),
+        _address(meta),
+        _address(out),
         LIKE[out.dtype],
         out.numel(),
         bits,

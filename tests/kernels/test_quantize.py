@@ -4,6 +4,8 @@ Integers are compared bit for bit, and tolerances are derived where they are use
 does is tested in test_noise.py.
 """
 
+import subprocess
+import sys
 from fractions import Fraction
 from typing import Any
 
@@ -328,6 +330,40 @@ def test_it_is_told_whether_each_group_had_a_scale(backend: Backend, bad: list[i
         assert told is bool((stored.meta != NAN_META).all())
     metadata_alone = quantize_and_tell(x, 4, noise=NOISE, group_size=64, backend="triton")[1]
     assert metadata_alone is None
+
+
+NO_MEMORY = """
+import torch
+from dpmem_kernels import Noise, Quantized, dequantize, quantize
+
+noise = Noise(seed=1, stream=2, step=3, rank=4)
+x = torch.zeros(256)
+codes, meta = quantize(x, 4, noise=noise)
+freed = torch.zeros(256)
+freed.untyped_storage().resize_(0)
+zeros = torch._efficientzerotensor
+for call in (
+    lambda: quantize(freed, 4, noise=noise),
+    lambda: quantize(zeros((256,)), 4, noise=noise),
+    lambda: dequantize(Quantized(zeros(codes.shape, dtype=torch.uint8), meta), 256, x.dtype, 4),
+    lambda: dequantize(Quantized(codes, meta.to("meta")), 256, x.dtype, 4),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(str(error).partition(";")[0])
+"""
+
+
+def test_tensors_without_memory_are_refused() -> None:
+    """Loops know addresses alone, and none of these is one. What fails here ends the process."""
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *["a tensor of 256 torch.float32 must have memory of its own"] * 2,
+        "a tensor of 128 torch.uint8 must have memory of its own",
+        "codes and metadata must be on one device",
+    ]
 
 
 def test_mistakes_are_refused() -> None:
