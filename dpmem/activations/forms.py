@@ -5,8 +5,9 @@ tensor for all who ask while it lives. What a form keeps is a tuple of small ten
 `keep`, which leaves them on the device or takes them to host memory (see `offload`).
 """
 
+import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +69,9 @@ class Form:
 
     __slots__ = ("__weakref__", "_held", "_restored", "bits", "dtype", "kept", "numel")
 
+    # The last that was asked for two.
+    _holder: "ClassVar[Callable[[], Form | None]]" = staticmethod(lambda: None)
+
     def __init__(self, kept: Kept, flat: Tensor, bits: int) -> None:
         self.kept, self.bits = kept, bits
         self.numel, self.dtype = flat.numel(), flat.dtype
@@ -76,8 +80,10 @@ class Form:
         self._held: Tensor | None = None
 
     def restore_for_two(self) -> Tensor:
-        """`restore`, for one who knows that the next to ask comes soon: for that one it is held."""
-        self._held = flat = self.restore()
+        """`restore`, for one who expects that the next to ask comes soon: for that one it is held,
+        until another form is asked. Backward may have gone another way, or may not come back."""
+        flat = self.restore()
+        self._held, Form._holder = flat, weakref.ref(self)
         return flat
 
     def restore(self) -> Tensor:
@@ -85,6 +91,8 @@ class Form:
         held, self._held = self._held, None
         if held is not None:
             return held
+        if (holder := Form._holder()) is not None:
+            holder._held = None
         if self._restored is not None:
             storage = torch.UntypedStorage._new_with_weak_ptr(self._restored.cdata)
             if storage is not None:

@@ -302,8 +302,8 @@ class ActivationStore:
             return False
         if source.bits < max(bits, derivation.least_bits):
             return False
-        # What is not affine saved its argument, and its own backward is the next where backward
-        # can go no other way: to hold the argument until then raises no peak.
+        # What is not affine saved its argument, and its own backward is mostly the next where the
+        # function that saves its result takes nothing else: the argument is held until then.
         again = not derivation.affine and self._tracker.all_from(derivation.source_key)
         slot.values = Recomputed(source, derivation.recompute, tensor, again=again)
         return True

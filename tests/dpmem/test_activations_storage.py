@@ -102,6 +102,39 @@ def test_an_argument_is_not_held_while_backward_goes_another_way(
     assert alive == [False, False]
 
 
+def test_an_argument_is_let_go_where_another_branch_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """gelu's result goes two ways: after the product's backward comes that of the other branch."""
+    restored = []
+
+    def noted(*arguments: object, **options: object) -> Tensor:
+        flat = dequantize(*arguments, **options)
+        restored.append((flat.numel(), StorageWeakRef(flat.untyped_storage())))
+        return flat
+
+    monkeypatch.setattr(forms, "dequantize", noted)
+    torch.manual_seed(0)
+    layer, branch, product = nn.Linear(64, 96), nn.Linear(96, 32), nn.Linear(96, 64)
+    branch.weight.requires_grad_(False)
+    model = nn.ModuleList([layer, branch, product])
+    alive: list[int] = []
+
+    def in_the_branch(_: Tensor) -> None:
+        alive.extend(numel for numel, storage in restored if not storage.expired())
+
+    with store_for(model):
+        activated = F.gelu(layer(torch.randn(16, 64)))
+        narrow = branch(activated)
+        narrow.register_hook(in_the_branch)
+        narrow = F.silu(narrow)
+        y = narrow.sum() + product(activated).sum()
+    y.backward()
+    assert restored[0][0] == 16 * 96
+    assert 16 * 96 not in alive
+    assert sum(numel == 16 * 96 for numel, _ in restored) == 2
+
+
 def test_views_saved_together_are_restored_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention asks for query, key and value, three views of one storage: one dequantization."""
     calls = []
