@@ -176,14 +176,8 @@ def test_groups_do_not_hear_of_each_others_failures() -> None:
     assert answers[2][1]
 
 
-@pytest.mark.parametrize(
-    ("which", "differ"),
-    [
-        pytest.param((2, 0), 4, marks=slow),
-        ((None, 1), 2),
-        pytest.param((1, None, 1), 2, marks=slow),
-    ],
-)
+@slow
+@pytest.mark.parametrize(("which", "differ"), [((2, 0), 4), ((None, 1), 2), ((1, None, 1), 2)])
 def test_ranks_that_freeze_differently_are_told(which: tuple[int | None, ...], differ: int) -> None:
     """(2, 0): of the same size, so that the collectives would match."""
     with Doomed("frozen_differently", len(which), which=which) as doomed:
