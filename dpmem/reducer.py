@@ -228,14 +228,15 @@ class Reducer:
             self._start_anew()
 
     def _start_anew(self) -> None:
-        trained = [i for i, parameter in enumerate(self._parameters) if parameter.requires_grad]
+        self._lay_out(order=None)
+        trained = self._layout.trainable
         self._arrivals = Arrivals(
             self._names,
             trained,
             find_unused=self._options.find_unused,
             static_graph=self._options.static_graph,
         )
-        self._lay_out(order=None)
+        self._reset()
         self._plan_check.changed(trained)
         for index in trained:
             if index not in self._handles:
@@ -253,7 +254,6 @@ class Reducer:
             order=order,
         )
         self._buffers, self._place_of = self._layout.buffers, self._layout.place_of
-        self._reset()
 
     def _is_averaging(self) -> bool:
         """True from the start of an averaged backward until it ends, well or not."""
@@ -437,3 +437,4 @@ class Reducer:
         order = self._arrivals.take_order()
         if order is not None:
             self._lay_out(order)
+            self._reset()
